@@ -34,11 +34,12 @@ class Routing:
 
     Attributes:
         logits_TE: router logits z, nats, float32 (float64 in a float64 model), before τ and price.
-        probs_TE: softmax(z/τ), of the same type.
+        log_probs_TE: log softmax(z/τ), of the same type.
         expert_TK: chosen experts, int64, always in [0, E), pairwise different among kept choices.
         weight_TK: mixing weights, same type as the logits; 0 where a choice is not kept.
         kept_TK: False where a choice was dropped by capacity, lies beyond top-p's set or belongs to
             padding: it is neither computed nor counted. None says that every choice is kept.
+        dropped_TK: True where the router chose the expert but its capacity was used up. None: nowhere.
         valid_T: False on padding. None says that every token is valid.
         unpriced_TK: the choices had the price been zero: what balancing terms count. None says
             that the price played no part, so they are `expert_TK`.
@@ -46,10 +47,11 @@ class Routing:
     """
 
     logits_TE: Tensor
-    probs_TE: Tensor
+    log_probs_TE: Tensor
     expert_TK: Tensor
     weight_TK: Tensor
     kept_TK: Tensor | None = None
+    dropped_TK: Tensor | None = None
     valid_T: Tensor | None = None
     unpriced_TK: Tensor | None = None
     join_E: Tensor | None = None
@@ -57,6 +59,11 @@ class Routing:
     @property
     def num_experts(self) -> int:
         return self.logits_TE.shape[-1]
+
+    @property
+    def probs_TE(self) -> Tensor:
+        """softmax(z/τ)."""
+        return self.log_probs_TE.exp()
 
     def kept(self) -> Tensor:
         """kept_TK as a bool tensor, whatever the router left out."""
@@ -67,6 +74,17 @@ class Routing:
         if self.valid_T is not None:
             return self.valid_T
         return torch.ones(self.expert_TK.shape[0], dtype=torch.bool, device=self.expert_TK.device)
+
+    def demand(self) -> tuple[Tensor, Tensor]:
+        """(expert_TK, mask_TK): what the router asks for, price and capacity aside.
+
+        Balancing counts this: counting priced choices would cancel λ, and counting what capacity
+        let through would hide the very overload that it is to cure.
+        """
+        if self.unpriced_TK is not None:
+            return self.unpriced_TK, self.valid()[:, None].expand_as(self.unpriced_TK)
+        kept_TK = self.kept()
+        return self.expert_TK, kept_TK if self.dropped_TK is None else kept_TK | self.dropped_TK
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields in order. Gradient checkpointing carries tuples of tensors faithfully, and
@@ -80,3 +98,9 @@ class Routing:
 
 
 pytree.register_dataclass(Routing)
+
+
+def count_E(expert_TK: Tensor, mask_TK: Tensor, num_experts: int) -> Tensor:
+    """How often each expert is chosen, int64 [E]. A compare and a sum: it fuses, and it is deterministic."""
+    arange_E = torch.arange(num_experts, device=expert_TK.device)
+    return ((expert_TK[..., None] == arange_E) & mask_TK[..., None]).sum(dim=(0, 1))
