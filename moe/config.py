@@ -25,7 +25,8 @@ class MoEGPT2Config(GPT2Config):
         regularizers: name → weight, keys of `REGULARIZERS`.
         gibbs_beta: β of `kl_gibbs`.
         capacity_factor: of router `capacity`, which drops while training and never in evaluation.
-        top_p: of router `topp`: the probability mass that a token's set must exceed.
+        router_top_p: of router `topp`: the probability mass that a token's set must exceed. (`top_p` alone would collide
+            with generation's own, as `top_k` does.)
         router_jitter: ε; the router's input is scaled by U(1−ε, 1+ε) while training (Switch §2.2).
         bias_balance_rate: u of bias balancing; 0 turns it off.
         mixing: `normalized` (weights sum to 1; K = 1 mixes with p/stopgrad(p)) or `probability`
@@ -40,7 +41,7 @@ class MoEGPT2Config(GPT2Config):
     model_type = "moe_gpt2"
     keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "aux_loss", "router_logits", "routing"]  # noqa: RUF012
 
-    expert_widths: list[int] | None = None
+    expert_widths: list[int] = None  # type: ignore[assignment]  # None becomes the default at birth
     num_experts_per_tok: int = 2
     moe_layers: list[int] | None = None
     router: str = "topk"
@@ -49,7 +50,7 @@ class MoEGPT2Config(GPT2Config):
     regularizers: dict[str, float] | None = None
     gibbs_beta: float = 1.0
     capacity_factor: float = 1.25
-    top_p: float = 0.9
+    router_top_p: float = 0.9
     router_jitter: float = 0.0
     bias_balance_rate: float = 0.0
     mixing: str = "normalized"
@@ -57,8 +58,6 @@ class MoEGPT2Config(GPT2Config):
     expert_activation: str = "gelu"
     shared_expert_width: int = 0
     dispatch: str = "auto"
-    # What PyTorch and transformers need to compile a labelled forward without a warning.
-    loss_type: str | None = "ForCausalLM"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -74,7 +73,6 @@ class MoEGPT2Config(GPT2Config):
 
     @property
     def num_experts(self) -> int:
-        assert self.expert_widths is not None
         return len(self.expert_widths)
 
     @property
@@ -91,7 +89,7 @@ class MoEGPT2Config(GPT2Config):
         from moe.regularizers import REGULARIZERS  # these two import nothing of this file
         from moe.routers import ROUTERS
 
-        widths, layers, regularizers = self.expert_widths or [], self.moe_layers, self.regularizers or {}
+        widths, layers, regularizers = self.expert_widths, self.moe_layers, self.regularizers or {}
         unknown = sorted(set(regularizers) - set(REGULARIZERS))
         in_range = layers is None or all(0 <= i < self.n_layer for i in layers)
         unique = layers is None or list(layers) == sorted(set(layers))
@@ -119,7 +117,7 @@ class MoEGPT2Config(GPT2Config):
             ),
             ("gibbs_beta", "a finite number ≥ 0", 0 <= self.gibbs_beta < float("inf")),
             ("capacity_factor", "a number > 0", self.capacity_factor > 0),
-            ("top_p", "a number in (0, 1]", 0 < self.top_p <= 1),
+            ("router_top_p", "a number in (0, 1]", 0 < self.router_top_p <= 1),
             ("router_jitter", "a number in [0, 1)", 0 <= self.router_jitter < 1),
             ("bias_balance_rate", "a finite number ≥ 0", 0 <= self.bias_balance_rate < float("inf")),
             ("mixing", f"one of {', '.join(MIXINGS)}", self.mixing in MIXINGS),
