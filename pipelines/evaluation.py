@@ -1,0 +1,196 @@
+"""What a trained model is worth: loss, routing, and the joules of prefill and decode.
+
+Shape legend: B sequences, S tokens per sequence, T = B·S tokens, E experts, K choices, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hwcost import EnergyMonitor, Measurement
+from moe import RoutingStats, RoutingSummary, agreement
+from pipelines.config import TrialConfig
+from pipelines.data import Corpus, TokenSplit
+from pipelines.model import Hardware
+
+_AGREEMENT_TOKENS = 65_536
+_SECONDS = {"cuda": 5.0, "cpu": 0.3}
+_WARMUP_SECONDS = {"cuda": 1.0, "cpu": 0.05}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Loss of a split in nats per token, and what the routers did on it."""
+
+    loss_nats: float
+    bits_per_byte: float
+    routing: RoutingSummary | None
+    agreement: float | None
+    flip_fraction: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseEnergy:
+    """Joules per token of one inference phase, and the window they come from."""
+
+    j_per_token: float | None
+    tokens: int
+    measurement: Measurement
+
+
+@torch.no_grad()
+def evaluate(model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware) -> Evaluation:
+    """Mean next-token cross-entropy over the split, and routing metrics (none for the dense model)."""
+    model.eval()
+    stats = None if config.is_dense else RoutingStats()
+    total = torch.zeros((), dtype=torch.float64, device=hardware.device)
+    targets = 0
+    for block_BS, domain_B in _batches(split, config.batch_size, hardware.device):
+        output = _forward(model, block_BS, hardware, dense=config.is_dense)
+        loss = output.loss if config.is_dense else output.lm_loss
+        total += loss.double() * block_BS[:, 1:].numel()
+        targets += block_BS[:, 1:].numel()
+        if stats is not None:
+            stats.update(output.routing, domain_B.repeat_interleave(block_BS.shape[1]))
+    loss_nats = float(total) / targets
+    agreed, flips = (None, None) if config.is_dense else _against_no_price(model, split, config, hardware)
+    return Evaluation(
+        loss_nats=loss_nats,
+        bits_per_byte=loss_nats / 0.6931471805599453 / split.bytes_per_token,
+        routing=None if stats is None else stats.summary(),
+        agreement=agreed,
+        flip_fraction=flips,
+    )
+
+
+def _batches(split: TokenSplit, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in range(0, len(split.blocks_NS), batch_size):
+        rows = slice(start, start + batch_size)
+        yield split.blocks_NS[rows].to(device).long(), split.domain_N[rows].to(device)
+
+
+def _forward(model: Any, block_BS: torch.Tensor, hardware: Hardware, *, dense: bool) -> Any:
+    with hardware.autocast():
+        if dense:
+            return model(input_ids=block_BS, labels=block_BS, use_cache=False)
+        return model(input_ids=block_BS, labels=block_BS, use_cache=False, output_routing=True)
+
+
+def _against_no_price(
+    model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware
+) -> tuple[float | None, float | None]:
+    """Agreement with the same weights at λ = 0 (mean over layers, chance taken off), and the share of flipped choices."""
+    sample = split.first(_AGREEMENT_TOKENS)
+    priced = _choices(model, sample, config, hardware)
+    model.set_energy_lambda(0.0)
+    try:
+        free = _choices(model, sample, config, hardware)
+    finally:
+        model.set_energy_lambda(config.energy_lambda)
+    scores, flips = [], []
+    for (chosen_TK, kept_TK), (other_TK, other_kept_TK) in zip(priced, free, strict=True):
+        scores.append(agreement(chosen_TK, kept_TK, other_TK, other_kept_TK, num_experts=len(config.width_factors)))
+        flips.append(_flipped(chosen_TK, kept_TK, other_TK, other_kept_TK))
+    known = [score for score in scores if score is not None]
+    return (sum(known) / len(known) if known else None), sum(flips) / len(flips)
+
+
+def _flipped(a_TK: torch.Tensor, kept_a_TK: torch.Tensor, b_TK: torch.Tensor, kept_b_TK: torch.Tensor) -> float:
+    """Share of the choices of A that B does not make."""
+    shared_TKK = (a_TK[:, :, None] == b_TK[:, None, :]) & kept_a_TK[:, :, None] & kept_b_TK[:, None, :]
+    kept = int(kept_a_TK.sum())
+    return 0.0 if kept == 0 else 1.0 - int(shared_TKK.sum()) / kept
+
+
+@torch.no_grad()
+def _choices(
+    model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Selected experts and their kept flags, per layer, over a split."""
+    model.eval()
+    layers: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    for block_BS, _ in _batches(split, config.batch_size, hardware.device):
+        routings = _forward(model, block_BS, hardware, dense=False).routing
+        layers = layers or [[] for _ in routings]
+        for layer, routing in zip(layers, routings, strict=True):
+            layer.append((routing.expert_TK, routing.kept_TK))
+    return [(torch.cat([a for a, _ in layer]), torch.cat([b for _, b in layer])) for layer in layers]
+
+
+def measure_prefill(
+    model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware, monitor: EnergyMonitor
+) -> PhaseEnergy:
+    """Joules per prompt token of a forward pass over full blocks."""
+    block_BS, _ = next(_batches(split, config.batch_size, hardware.device))
+
+    def once() -> None:
+        with torch.no_grad(), hardware.autocast():
+            model(input_ids=block_BS, use_cache=False, logits_to_keep=1)
+
+    return _repeat(once, block_BS.numel(), "prefill", config, hardware, monitor)
+
+
+def measure_decode(
+    model: Any, split: TokenSplit, batch: int, config: TrialConfig, hardware: Hardware, monitor: EnergyMonitor
+) -> PhaseEnergy:
+    """Joules per generated token of greedy decoding at a batch, prompts included as a generation must."""
+    rows = torch.arange(batch) % len(split.blocks_NS)
+    prompt_BS = split.blocks_NS[rows, : config.decode_prompt_tokens].to(hardware.device).long()
+    mask_BS = torch.ones_like(prompt_BS)
+
+    def once() -> None:
+        with torch.no_grad(), hardware.autocast():
+            model.generate(
+                prompt_BS,
+                attention_mask=mask_BS,
+                max_new_tokens=config.decode_new_tokens,
+                min_new_tokens=config.decode_new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    tokens = batch * config.decode_new_tokens
+    return _repeat(once, tokens, f"decode_b{batch}", config, hardware, monitor)
+
+
+def _repeat(
+    once: Callable[[], None], tokens: int, name: str, config: TrialConfig, hardware: Hardware, monitor: EnergyMonitor
+) -> PhaseEnergy:
+    """Warm up, then repeat for the measuring time inside one window."""
+    device = hardware.device.type
+    with monitor.window(f"{name}_warmup"):
+        _for_seconds(once, _WARMUP_SECONDS[device], hardware)
+    with monitor.window(name) as window:
+        repeats = _for_seconds(once, config.measure_seconds or _SECONDS[device], hardware)
+    energy = window.measurement.energy_j
+    done = tokens * repeats
+    return PhaseEnergy(j_per_token=None if energy is None else energy / done, tokens=done, measurement=window.measurement)
+
+
+def _for_seconds(once: Callable[[], None], seconds: float, hardware: Hardware) -> int:
+    start, repeats = time.monotonic(), 0
+    while repeats == 0 or time.monotonic() - start < seconds:
+        once()
+        if hardware.device.type == "cuda":
+            torch.cuda.synchronize()
+        repeats += 1
+    return repeats
+
+
+def converged_at(losses: Sequence[float | None]) -> int | None:
+    """First epoch (1-based) after which validation loss improves by less than 0.5 %, None if not yet."""
+    for epoch, (now, then) in enumerate(zip(losses, losses[1:], strict=False), start=1):
+        if now is not None and then is not None and now - then < 0.005 * now:
+            return epoch
+    return None
+
+
+def evaluation_splits(corpus: Corpus, config: TrialConfig) -> tuple[TokenSplit, TokenSplit | None]:
+    """The validation split and, where the trial asks for it, the test split, cut to `max_eval_tokens`."""
+    test = corpus.splits.get("test") if config.test else None
+    return corpus.splits["validation"].first(config.max_eval_tokens), test and test.first(config.max_eval_tokens)

@@ -1,0 +1,142 @@
+"""From a trial's settings to a model: base checkpoint, experts in place of FFNs, prices on the routers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+import transformers
+
+from hwcost import CostModel
+from moe import MoEGPT2Config, upcycle
+from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
+from pipelines.data import OFFLINE_OPTIONS, Corpus
+from pipelines.prices import Prices, expert_prices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Where a trial runs: device, precision, whether code is compiled, and what the device is called."""
+
+    device: torch.device
+    dtype: str
+    compile: bool
+    gpu_name: str | None = None
+    power_limit_w: float | None = None
+
+    @classmethod
+    def of(cls, config: TrialConfig, *, gpu_name: str | None = None, power_limit_w: float | None = None) -> Hardware:
+        """What `auto` stands for on this host.
+
+        Raises:
+            ConfigError: a GPU was asked for where there is none.
+        """
+        has_cuda = torch.cuda.is_available()
+        if config.device == "cuda" and not has_cuda:
+            raise ConfigError("device: expected a CUDA GPU, got a host without one; use device: auto or cpu")
+        cuda = has_cuda and config.device != "cpu"
+        dtype = config.dtype if config.dtype != "auto" else ("bf16" if cuda else "fp32")
+        return cls(
+            device=torch.device("cuda" if cuda else "cpu"),
+            dtype=dtype,
+            compile=cuda if config.compile is None else config.compile,
+            gpu_name=gpu_name if cuda else None,
+            power_limit_w=power_limit_w if cuda else None,
+        )
+
+    def autocast(self) -> torch.autocast:
+        """bf16 arithmetic over fp32 parameters where the trial asks for it, else nothing."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
+
+
+def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
+    """The dense GPT-2 that a trial starts from: a checkpoint, or fresh weights of DistilGPT2's shape.
+
+    Raises:
+        ConfigError: the checkpoint cannot be had, or does not fit the data.
+    """
+    if config.base == "random":
+        shape = transformers.GPT2Config(
+            vocab_size=corpus.vocab_size,
+            n_positions=max(config.seq_len, 2),
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            bos_token_id=corpus.end_id,
+            eos_token_id=corpus.end_id,
+            loss_type="ForCausalLM",
+        )
+        return transformers.GPT2LMHeadModel(shape)
+    try:
+        dense = transformers.GPT2LMHeadModel.from_pretrained(config.base, dtype=torch.float32)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        if os.path.isdir(config.base):
+            raise ConfigError(f"base: expected a GPT-2 checkpoint in {config.base}, got {reason}") from None
+        raise ConfigError(f"base: {config.base!r} cannot be had ({reason}); {OFFLINE_OPTIONS}") from None
+    dense.config.loss_type = "ForCausalLM"
+    if config.seq_len > dense.config.n_positions:
+        raise ConfigError(f"seq_len: expected at most {dense.config.n_positions}, the positions of {config.base}, got {config.seq_len}")
+    if corpus.vocab_size > dense.config.vocab_size:
+        raise ConfigError(f"tokenizer: expected at most {dense.config.vocab_size} tokens, the vocabulary of {config.base}, got {corpus.vocab_size}")
+    return dense
+
+
+def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tuple[Any, Prices | None]:
+    """The model of a trial on its device, and the prices on its routers (None for the dense model)."""
+    torch.manual_seed(config.seed)
+    model = dense_model(config, corpus)
+    prices = None
+    if not config.is_dense:
+        moe_config = moe_config_of(config, model.config)
+        model = upcycle(model, moe_config, noise=config.upcycle_noise, seed=config.seed)
+        prices = _set_prices(model, config, moe_config, hardware)
+    weights = torch.bfloat16 if hardware.dtype == "pure_bf16" else torch.float32
+    return model.to(device=hardware.device, dtype=weights), prices
+
+
+def moe_config_of(config: TrialConfig, dense: Any) -> MoEGPT2Config:
+    """The model configuration of a trial; expert widths in neurons, never 0 for an expert that is not null."""
+    inner = dense.n_inner or 4 * dense.n_embd
+    values = dense.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        values.pop(key, None)
+    has_regularizer = config.regularizer != NO_REGULARIZER and config.regularizer_weight != 0
+    values |= {
+        "expert_widths": [expert_width(factor, inner) for factor in config.width_factors],
+        "num_experts_per_tok": config.top_k,
+        "moe_layers": list(config.moe_layers) if config.moe_layers is not None else None,
+        "router": config.router,
+        "energy_lambda": config.energy_lambda,
+        "router_temperature": config.temperature,
+        "regularizers": {config.regularizer: config.regularizer_weight} if has_regularizer else None,
+        "capacity_factor": config.capacity_factor,
+        "top_p": config.top_p,
+        "router_jitter": config.router_jitter,
+        "bias_balance_rate": config.bias_balance_rate,
+        "router_seed": config.seed,
+    }
+    return MoEGPT2Config(**values)
+
+
+def expert_width(factor: float, inner: int) -> int:
+    """Neurons of an expert, a multiple of 8 (grouped GEMM rows are multiples of 16 bytes); 0 stays 0."""
+    return 0 if factor == 0 else max(8, round(factor * inner / 8) * 8)
+
+
+def _set_prices(model: Any, config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> Prices:
+    cost_model = CostModel.for_device(hardware.gpu_name, hardware.power_limit_w)
+    prices = expert_prices(
+        cost_model,
+        kind=config.price,
+        d_model=moe_config.n_embd,
+        widths=tuple(moe_config.expert_widths),
+        top_k=config.top_k,
+        tokens=config.batch_size * config.seq_len,
+        dtype="bf16" if hardware.dtype != "fp32" else "fp32",
+        seed=config.seed,
+    )
+    model.set_prices(torch.tensor(prices.join), torch.tensor(prices.open))
+    return prices

@@ -1,0 +1,328 @@
+"""One trial: build, train epoch by epoch, evaluate, and write what was measured.
+
+`Trial` is a small state machine so that an actor can report after each epoch; `run_trial` drives it
+without Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hwcost import EnergyMonitor
+from pipelines.config import TrialConfig
+from pipelines.data import load_corpus
+from pipelines.evaluation import (
+    Evaluation,
+    PhaseEnergy,
+    converged_at,
+    evaluate,
+    evaluation_splits,
+    measure_decode,
+    measure_prefill,
+)
+from pipelines.ledger import EVAL, SETUP, TRAIN, Ledger
+from pipelines.model import Hardware, build_model
+from pipelines.provenance import device_columns, host_columns
+from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
+from pipelines.training import EpochSums, Trainer
+
+DECODE_COLUMNS = {1: "decode_j_per_token_b1", 8: "decode_j_per_token_b8", 32: "decode_j_per_token_b32", 128: "decode_j_per_token_b128"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialKey:
+    """Which attempt of which trial of which sweep."""
+
+    sweep_id: str
+    trial_id: str
+    attempt: int = 0
+
+
+class Trial:
+    """One attempt of a trial. Call `advance` until it returns the trial's record."""
+
+    def __init__(self, config: TrialConfig, key: TrialKey, store: Store, monitor: EnergyMonitor) -> None:
+        self.config, self.key, self.store, self.monitor = config, key, store, monitor
+        self.ledger = Ledger(monitor)
+        self.started_at = dt.datetime.now(dt.UTC)
+        self._origin_s = time.monotonic()
+        self.epochs: list[EpochRecord] = []
+        self.epoch = 0
+        self.record: TrialRecord | None = None
+        self._measured: dict[str, Any] = {}
+
+    @property
+    def done(self) -> bool:
+        """True once every configured epoch was trained."""
+        return self.epoch >= self.config.epochs
+
+    def advance(self) -> EpochRecord | TrialRecord:
+        """The next stretch of work: begin, one epoch, or the end. An error ends the trial as FAILED, here and only here."""
+        try:
+            if not self.epochs:
+                return self.begin()
+            return self.finish() if self.done else self.run_epoch()
+        except Exception as error:
+            return self.fail(error)
+
+    def begin(self) -> EpochRecord:
+        """Load data, build and compile the model, and evaluate it before training (epoch 0)."""
+        self.ledger.open()
+        with self.ledger.window(SETUP):
+            device = self.monitor.devices[0] if self.monitor.devices else None
+            self.hardware = Hardware.of(
+                self.config,
+                gpu_name=device.name if device else None,
+                power_limit_w=device.power_limit_w if device else None,
+            )
+            if self.config.threads and self.hardware.device.type == "cpu":
+                torch.set_num_threads(self.config.threads)
+            self.corpus = load_corpus(self.config)
+            self.validation, self.test = evaluation_splits(self.corpus, self.config)
+            self.model, self.prices = build_model(self.config, self.corpus, self.hardware)
+            train = self.corpus.splits["train"].first(self.config.max_train_tokens)
+            self.trainer = Trainer(self.model, self.config, self.hardware, train)
+            self.trainer.warm_up()
+        return self._evaluated(None)
+
+    def run_epoch(self) -> EpochRecord:
+        """Train one epoch inside its window, then evaluate."""
+        self.epoch += 1
+        with self.ledger.window(TRAIN):
+            sums = self.trainer.run_epoch(self.epoch)
+        return self._evaluated(sums)
+
+    def _evaluated(self, sums: EpochSums | None) -> EpochRecord:
+        with self.ledger.window(EVAL):
+            self.evaluation = evaluate(self.model, self.validation, self.config, self.hardware)
+        record = self._epoch_record(sums, self.evaluation)
+        self.epochs.append(record)
+        return record
+
+    def finish(self) -> TrialRecord:
+        """Measure prefill and decode, close the span, write all tables."""
+        self._measure_phases()
+        columns = self._outcome_columns()
+        self.ledger.close()
+        return self._write("COMPLETED", columns)
+
+    def stop(self) -> TrialRecord:
+        """End early at a scheduler's word: what was measured so far is kept, the row is censored."""
+        columns = self._outcome_columns() if self.epochs else {}
+        self.ledger.close()
+        return self._write("STOPPED", columns)
+
+    def fail(self, error: BaseException) -> TrialRecord:
+        """Close what is open and write a FAILED row with its reason."""
+        self.ledger.close()
+        return self._write("FAILED", {"error": one_line(error)})
+
+    def release(self) -> None:
+        """Drop the model and its memory, so that an actor can be reused."""
+        self.model = self.trainer = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # --- phases ------------------------------------------------------------------------------------
+
+    def _measure_phases(self) -> None:
+        with self.ledger.window(EVAL):
+            if self.test is not None:
+                loss = evaluate(self.model, self.test, self.config, self.hardware).loss_nats
+                self._measured["test_loss_nats"] = loss
+            prefill = measure_prefill(self.model, self.validation, self.config, self.hardware, self.monitor)
+            self._measured["prefill_j_per_token"] = prefill.j_per_token
+            for batch in self.config.decode_batches:
+                phase = measure_decode(self.model, self.validation, batch, self.config, self.hardware, self.monitor)
+                self._book_decode(batch, phase)
+
+    def _book_decode(self, batch: int, phase: PhaseEnergy) -> None:
+        if "decode_batch" not in self._measured:
+            self._measured |= {"decode_batch": batch, "decode_j_per_token": phase.j_per_token}
+        if batch in DECODE_COLUMNS:
+            self._measured[DECODE_COLUMNS[batch]] = phase.j_per_token
+
+    # --- records -----------------------------------------------------------------------------------
+
+    def _write(self, state: str, outcome: dict[str, Any]) -> TrialRecord:
+        energy = self.ledger.columns()
+        tokens = outcome.get("tokens_trained")
+        if tokens and energy["train_energy_j"] is not None:
+            energy["train_j_per_token"] = energy["train_energy_j"] / tokens
+        if tokens and energy["train_duration_s"]:
+            energy["tokens_per_s"] = tokens / energy["train_duration_s"]
+        record = TrialRecord(
+            **dataclasses.asdict(self.key),
+            state=state,
+            censored=state == "STOPPED",
+            started_at=self.started_at,
+            **config_columns(self.config),
+            **host_columns(),
+            **device_columns(self.monitor, getattr(self, "hardware", None)),
+            **energy,
+            **outcome,
+        )
+        where = dataclasses.asdict(self.key)
+        if self.epochs:
+            self.store.write(EpochRecord, self.epochs, **where)
+        power = self._power_records()
+        if power:
+            self.store.write(PowerRecord, power, **where)
+        if state == "COMPLETED":
+            self.store.write(PointRecord, [self._point(record)], **where)
+        self.store.write(TrialRecord, [record], **where)  # last: a trial's row says that the others are whole
+        self.record = record
+        return record
+
+    def _outcome_columns(self) -> dict[str, Any]:
+        last, evaluation = self.epochs[-1], self.evaluation
+        columns: dict[str, Any] = {
+            "eval_loss_nats": evaluation.loss_nats,
+            "eval_perplexity": perplexity(evaluation.loss_nats),
+            "eval_bits_per_byte": evaluation.bits_per_byte,
+            "converged_at": converged_at([e.eval_loss_nats for e in self.epochs[1:]]),
+            "tokens_trained": last.tokens_trained,
+            "corpus_fingerprint": self.corpus.fingerprint,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "modelled_train_energy_j": None,
+            **routing_columns(evaluation),
+            **self._measured,
+        }
+        if evaluation.routing is not None:
+            columns["open_experts"] = evaluation.routing.open_experts
+            columns["mean_selected_width"] = evaluation.routing.mean_selected_width
+        if self.prices is not None and self.config.uses_price:
+            columns |= {
+                "price_c_ref_j": self.prices.c_ref_j,
+                "price_join": list(self.prices.join),
+                "price_open": list(self.prices.open),
+                "price_profile": self.prices.profile,
+            }
+        return columns
+
+    def _epoch_record(self, sums: EpochSums | None, evaluation: Evaluation) -> EpochRecord:
+        before = self.epochs[-1].tokens_trained if self.epochs else 0
+        train = self.ledger.of(TRAIN)[-1] if sums is not None else None
+        duration = train.duration_s if train is not None else None
+        routing = evaluation.routing
+        return EpochRecord(
+            **dataclasses.asdict(self.key),
+            epoch=self.epoch,
+            train_loss_nats=sums.loss_nats if sums else None,
+            aux_loss=sums.aux_loss if sums else None,
+            eval_loss_nats=evaluation.loss_nats,
+            eval_bits_per_byte=evaluation.bits_per_byte,
+            learning_rate=sums.learning_rate if sums else None,
+            tokens_trained=before + (sums.tokens if sums else 0),
+            epoch_energy_j=train.energy_j if train else None,
+            epoch_energy_uncertainty_j=train.uncertainty_j if train else None,
+            train_energy_j=self.ledger.energy_j(TRAIN),
+            eval_energy_j=self.ledger.of(EVAL)[-1].energy_j,
+            energy_source=self.monitor.source,
+            duration_s=duration,
+            tokens_per_s=sums.tokens / duration if sums and duration else None,
+            mean_power_w=train.mean_power_w if train else None,
+            max_temperature_c=train.max_temperature_c if train else None,
+            expert_load=[list(load) for load in routing.load_LE] if routing else None,
+            layer_effective_experts=list(routing.layer_effective_experts) if routing else None,
+            **routing_columns(evaluation),
+        )
+
+    def _point(self, record: TrialRecord) -> PointRecord:
+        """The trial's own end. Earlier boundaries are valid ends only under a schedule that decays there."""
+        names = {field.name for field in dataclasses.fields(PointRecord)}
+        shared = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name in names}
+        return PointRecord(**shared, trial_fingerprint=record.config_fingerprint)
+
+    def _power_records(self) -> list[PowerRecord]:
+        names = {field.name for field in dataclasses.fields(PowerRecord)}
+        rows = []
+        for sample in self.monitor.system.history:
+            time_s = sample.time_s - self._origin_s
+            if time_s >= 0:
+                values = {k: v for k, v in dataclasses.asdict(sample).items() if k in names}
+                rows.append(PowerRecord(**dataclasses.asdict(self.key), **(values | {"time_s": time_s})))
+        return rows
+
+
+def routing_columns(evaluation: Evaluation) -> dict[str, Any]:
+    """The routing columns that trials and epochs share; empty for the dense model."""
+    if evaluation.routing is None:
+        return {}
+    return {
+        "routing_diversity": evaluation.routing.routing_diversity,
+        "effective_experts": evaluation.routing.effective_experts,
+        "load_cv": evaluation.routing.load_cv,
+        "dropped_fraction": evaluation.routing.dropped_fraction,
+        "logit_std": evaluation.routing.logit_std,
+        "routing_agreement": evaluation.agreement,
+        "price_flip_fraction": evaluation.flip_fraction,
+    }
+
+
+def config_columns(config: TrialConfig) -> dict[str, Any]:
+    """The configuration columns of a `trials` row; what does not apply is null."""
+    moe = not config.is_dense
+    inner = 4 * config.n_embd
+    regularized = moe and config.regularizer_weight != 0 and config.regularizer != "none"
+    return {
+        "config_fingerprint": config.fingerprint,
+        "seed": config.seed,
+        "config_json": json.dumps(config.model_dump(mode="json"), sort_keys=True),
+        "base": config.base,
+        "router": config.router,
+        "energy_lambda": config.energy_lambda if moe and config.is_priced else None,
+        "top_k": config.top_k if moe and config.router != "topp" else None,
+        "num_experts": len(config.width_factors) if moe else None,
+        "expert_widths": [round(f * inner / 8) * 8 for f in config.width_factors] if moe else None,
+        "price": config.price if moe and config.uses_price else None,
+        "regularizer": config.regularizer if regularized else None,
+        "regularizer_weight": config.regularizer_weight if regularized else None,
+        "temperature": config.temperature if moe else None,
+        "epochs": config.epochs,
+        "schedule": config.schedule,
+        "batch_size": config.batch_size,
+        "seq_len": config.seq_len,
+    }
+
+
+def perplexity(loss_nats: float) -> float | None:
+    """exp(loss), None where it is beyond a float."""
+    return None if loss_nats > 700 else float(torch.tensor(loss_nats, dtype=torch.float64).exp())
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line: its kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def run_trial(
+    config: TrialConfig,
+    *,
+    out: str | os.PathLike[str],
+    sweep_id: str = "single",
+    attempt: int = 0,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    monitor: EnergyMonitor | None = None,
+) -> TrialRecord:
+    """Run one trial without Ray and write its tables under `out`.
+
+    An error becomes a FAILED record with its reason.
+    """
+    key = TrialKey(sweep_id=sweep_id, trial_id=config.trial_id, attempt=attempt)
+    with monitor or EnergyMonitor.for_assigned_devices() as own:
+        trial = Trial(config, key, Store(out), own)
+        while isinstance(record := trial.advance(), EpochRecord):
+            if on_epoch is not None:
+                on_epoch(record)
+        trial.release()
+    return record

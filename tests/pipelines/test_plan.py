@@ -1,0 +1,55 @@
+"""Plans: every experiment once, replicates interleaved, draws repeatable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipelines.config import ConfigError
+from pipelines.plan import plan_sweep
+from tune_spaces import Grid, LogUniform, Space, SpaceError, Uniform
+
+
+def space(fixed: dict[str, Any], domains: dict[str, Any], **sweep: Any) -> Space:
+    return Space(name="s", question="q", fixed=fixed, domains=domains, conditions={}, sweep=sweep)
+
+
+def test_lambda_where_it_cannot_act_is_dropped(tiny: dict[str, Any]) -> None:
+    uniform = tiny | {"expert_width_factors": [1.0, 1.0]}
+    del uniform["energy_lambda"]
+    plan = plan_sweep(space(uniform, {"energy_lambda": Grid((0.0, 0.5, 1.0))}))
+    assert [t.energy_lambda for t in plan.trials] == [0.0]
+    assert plan.dropped == 2
+
+
+def test_seeds_run_interleaved(tiny: dict[str, Any]) -> None:
+    plan = plan_sweep(space(tiny, {"top_k": Grid((1, 2))}), seeds=2)
+    assert [(t.top_k, t.seed) for t in plan.trials] == [(1, 0), (2, 0), (1, 1), (2, 1)]
+
+
+def test_draws_repeat(tiny: dict[str, Any]) -> None:
+    domains = {"energy_lambda": LogUniform(1e-3, 1), "temperature": Uniform(0.5, 2)}
+    one, two = (plan_sweep(space(tiny, domains), samples=5) for _ in range(2))
+    assert one.trials == two.trials
+    assert len(one.trials) == 5
+
+
+def test_overrides_replace_domains(tiny: dict[str, Any]) -> None:
+    plan = plan_sweep(space(tiny, {"top_k": Grid((1, 2))}), overrides={"top_k": 2})
+    assert [t.top_k for t in plan.trials] == [2]
+
+
+def test_a_wrong_trial_is_refused_before_anything_runs(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="top_k: expected at most 4"):
+        plan_sweep(space(tiny, {"top_k": Grid((1, 7))}))
+
+
+def test_a_sampled_space_has_no_grid(tiny: dict[str, Any]) -> None:
+    with pytest.raises(SpaceError, match="temperature: expected grid values"):
+        plan_sweep(space(tiny, {"temperature": Uniform(0.5, 2)}), search="grid")
+
+
+def test_an_unknown_search_is_named(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="search: expected one of grid, random, got 'magic'"):
+        plan_sweep(space(tiny, {}), search="magic")

@@ -1,0 +1,85 @@
+"""A whole sweep on real Ray Tune: rows, front, MLflow, and a trial that fails among those that do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from pipelines.config import ConfigError, TrialConfig
+from pipelines.plan import plan_sweep
+from pipelines.records import EpochRecord, PowerRecord, Store, TrialRecord
+from pipelines.sweep import lost_trial, run_sweep
+from pipelines.trial import TrialKey
+from tune_spaces import Grid, Space
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]) -> Any:
+    """Two trials that end well and one that leaves the numbers."""
+    out = tmp_path_factory.mktemp("sweep")
+    domains = {"learning_rate": Grid((1e-3, 2e-3, 1e6))}
+    fixed = tiny_values | {"grad_clip": 1e6, "epochs": 2}
+    space = Space(name="test", question="?", fixed=fixed, domains=domains, conditions={}, sweep={})
+    result = run_sweep(plan_sweep(space), out=out)
+    return result, out
+
+
+@pytest.mark.slow
+def test_every_trial_has_its_row(swept: Any) -> None:
+    result, out = swept
+    assert sorted(record.state for record in result.records) == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert result.completed == 2
+    (failed,) = (record for record in result.records if record.state == "FAILED")
+    assert failed.error.startswith("NonFiniteLoss: the training loss is not finite")
+    epochs = Store(out).read(EpochRecord, result.sweep_id).to_pylist()
+    for record in result.records:
+        count = sum(row["trial_id"] == record.trial_id for row in epochs)
+        assert count == (3 if record.state == "COMPLETED" else count)
+
+
+@pytest.mark.slow
+def test_each_actor_measured_its_own_energy(swept: Any) -> None:
+    result, out = swept
+    for record in result.records:
+        if record.state == "COMPLETED":
+            assert record.train_energy_j > 0
+            assert record.energy_source in ("modelled", "rapl")
+    power = Store(out).read(PowerRecord, result.sweep_id)
+    assert power.num_rows == 0 or set(power["trial_id"].to_pylist()) <= {r.trial_id for r in result.records}
+
+
+@pytest.mark.slow
+def test_the_mirror_has_one_run_per_trial_and_one_for_the_sweep(swept: Any) -> None:
+    import mlflow
+
+    result, out = swept
+    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.sweep_id = '{result.sweep_id}'")
+    trials = {run.data.tags["trial_id"] for run in runs if "trial_id" in run.data.tags}
+    assert trials == {record.trial_id for record in result.records}
+    assert len(runs) == len(result.records) + 1
+
+
+@pytest.mark.slow
+def test_a_gpu_asked_for_where_there_is_none_writes_nothing(tiny: dict[str, Any], tmp_path: Path) -> None:
+    space = Space(name="t", question="", fixed=tiny | {"device": "cuda"}, domains={}, conditions={}, sweep={})
+    ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    try:
+        with pytest.raises(ConfigError, match="device: expected a CUDA GPU"):
+            run_sweep(plan_sweep(space), out=tmp_path / "out")
+    finally:
+        ray.shutdown()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dead_process_leaves_a_row_of_nulls(tiny: dict[str, Any]) -> None:
+    config = TrialConfig.parse(tiny)
+    record = lost_trial(config, TrialKey(sweep_id="s", trial_id=config.trial_id), reason="the trial's process died")
+    assert record.state == "FAILED"
+    values = dataclasses.asdict(record)
+    assert all(values[name] is None for name in values if name.endswith("_j"))

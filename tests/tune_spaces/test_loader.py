@@ -1,0 +1,109 @@
+"""The space loader: forms it takes, forms it refuses, and what it says then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tune_spaces import Choice, Grid, IntRange, LogUniform, SpaceError, Uniform, find_space, load_space, shipped_spaces
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_every_kind_of_domain_is_read(tmp_path: Path) -> None:
+    space = load_space(
+        write(
+            tmp_path,
+            """
+question: which?
+trial:
+  router: energy
+  energy_lambda: {grid: [0, 1]}
+  top_k: {choice: [1, 2]}
+  temperature: {uniform: [0.5, 2]}
+  learning_rate: {loguniform: [1e-4, 1e-2]}
+  epochs: {int: [1, 4]}
+sweep: {seeds: 3}
+""",
+        )
+    )
+    assert space.fixed == {"router": "energy"}
+    assert space.domains == {
+        "energy_lambda": Grid((0, 1)),
+        "top_k": Choice((1, 2)),
+        "temperature": Uniform(0.5, 2),
+        "learning_rate": LogUniform(1e-4, 1e-2),
+        "epochs": IntRange(1, 4),
+    }
+    assert space.sweep == {"seeds": 3}
+    assert not space.is_grid
+
+
+def test_conditions_drop_keys_and_repeats(tmp_path: Path) -> None:
+    space = load_space(
+        write(
+            tmp_path,
+            """
+trial:
+  regularizer: {grid: [none, cv2]}
+  regularizer_weight: {grid: [0.1, 0.2], when: {regularizer: cv2}}
+""",
+        )
+    )
+    assert list(space.grid_points()) == [
+        {"regularizer": "none"},
+        {"regularizer": "cv2", "regularizer_weight": 0.1},
+        {"regularizer": "cv2", "regularizer_weight": 0.2},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trial: {top_k: {gird: [1]}}", "top_k: expected one of grid, choice, uniform, loguniform, int"),
+        ("trial: {top_k: {grid: []}}", "top_k.grid: expected a list of at least one value"),
+        ("trial: {top_k: {uniform: [2, 1]}}", "top_k.uniform: expected low < high, got [2, 1]"),
+        ("trial: {top_k: {loguniform: [0, 1]}}", "top_k.loguniform: expected 0 < low < high"),
+        ("trial: {top_k: {int: [1, 2.5]}}", "top_k.int: expected integers"),
+        ("trial: {top_k: {uniform: [1]}}", "top_k.uniform: expected [low, high]"),
+        ("trial: {a: {grid: [1], when: {b: 1}}}", "a.when: expected a key of this trial, got 'b'"),
+        ("trial: {a: {grid: [1], when: 3}}", "a.when: expected {other_key: value or list}"),
+        ("trail: {a: 1}", "space: unknown key 'trail'"),
+        ("trial: {}", "trial: expected the keys of a trial"),
+        ("trial: {a: 1}\nsweep: {sed: 1}", "sweep: unknown key 'sed'"),
+        ("trial: {a: 1}\nsweep: 4", "sweep: expected keys, got 4"),
+        ("- 1", "expected keys 'trial'"),
+        ("a: [", "expected YAML"),
+    ],
+)
+def test_a_wrong_form_is_named_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SpaceError) as caught:
+        load_space(write(tmp_path, text))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"nowhere\.yaml: expected a readable YAML file"):
+        load_space(tmp_path / "nowhere.yaml")
+
+
+def test_a_sampled_domain_has_no_grid(tmp_path: Path) -> None:
+    space = load_space(write(tmp_path, "trial: {temperature: {uniform: [1, 2]}}"))
+    with pytest.raises(SpaceError, match="temperature: expected grid values"):
+        list(space.grid_points())
+
+
+def test_shipped_spaces_are_found_by_name() -> None:
+    assert find_space("quickstart") == shipped_spaces()["quickstart.yaml"]
+    assert find_space("tune_spaces/quickstart.yaml").exists()
+
+
+@pytest.mark.parametrize("name", sorted(shipped_spaces()))
+def test_shipped_spaces_load_and_say_their_question(name: str) -> None:
+    assert load_space(shipped_spaces()[name]).question

@@ -1,0 +1,250 @@
+"""Read a space file. A space says what each trial is (fixed values) and what varies (domains):
+
+    question: How much loss does a joule buy?
+    trial:
+      router: energy                                # fixed
+      energy_lambda: {grid: [0, 0.3, 1]}            # every value
+      top_k: {choice: [1, 2]}                       # sampled from a list
+      learning_rate: {loguniform: [1.0e-4, 1.0e-3]} # sampled from a range
+      regularizer: {grid: [none, load_balance]}
+      regularizer_weight: {grid: [0.01, 0.1], when: {regularizer: [load_balance]}}
+    sweep:
+      seeds: 2
+
+A `when` keeps a key only in trials whose other keys have one of the named values. The loader knows the
+file's form; what the keys of `trial` mean is `pipelines.config`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class SpaceError(ValueError):
+    """A space file that cannot be read: one line with the key, what was expected and what was got."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Every one of these values is tried."""
+
+    values: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of these values is drawn."""
+
+    values: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """A number is drawn evenly from [low, high]."""
+
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """A number is drawn from [low, high], evenly in its logarithm."""
+
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class IntRange:
+    """An integer is drawn evenly from low to high, both included."""
+
+    low: int
+    high: int
+
+
+Domain = Grid | Choice | Uniform | LogUniform | IntRange
+Conditions = Mapping[str, tuple[Any, ...]]
+
+_LISTS: dict[str, type[Grid] | type[Choice]] = {"grid": Grid, "choice": Choice}
+_RANGES: dict[str, type[Uniform] | type[LogUniform] | type[IntRange]] = {
+    "uniform": Uniform,
+    "loguniform": LogUniform,
+    "int": IntRange,
+}
+KINDS = (*_LISTS, *_RANGES)
+SWEEP_KEYS = ("search", "scheduler", "seeds", "samples", "parallel", "objectives", "max_joules", "max_hours")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Space:
+    """A search space: fixed values, domains, the conditions under which a domain applies, and sweep defaults."""
+
+    name: str
+    question: str
+    fixed: Mapping[str, Any]
+    domains: Mapping[str, Domain]
+    conditions: Mapping[str, Conditions]
+    sweep: Mapping[str, Any]
+
+    @property
+    def is_grid(self) -> bool:
+        """True where every domain is a list to be tried in full."""
+        return all(isinstance(domain, Grid) for domain in self.domains.values())
+
+    def grid_points(self) -> Iterator[dict[str, Any]]:
+        """The trials of a grid in file order (last key fastest), each once.
+
+        Raises:
+            SpaceError: a domain is sampled, so there is no grid.
+        """
+        for key, domain in self.domains.items():
+            if not isinstance(domain, Grid):
+                raise SpaceError(
+                    f"{key}: expected grid values for a grid search, got {type(domain).__name__.lower()};"
+                    " use --search random"
+                )
+        seen: list[dict[str, Any]] = []
+        axes = [domain.values for domain in self.domains.values() if isinstance(domain, Grid)]
+        for values in itertools.product(*axes):
+            point = self.resolve(dict(zip(self.domains, values, strict=True)))
+            if point not in seen:
+                seen.append(point)
+                yield point
+
+    def resolve(self, sampled: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's keys from sampled values: fixed ones added, those whose condition does not hold dropped."""
+        point = {**self.fixed, **sampled}
+        for key, conditions in self.conditions.items():
+            if any(point.get(other) not in allowed for other, allowed in conditions.items()):
+                point.pop(key, None)
+        return point
+
+
+def load_space(path: str | Path) -> Space:
+    """Read and check a space file.
+
+    Raises:
+        SpaceError: the file is missing or its form is wrong; one line that names the key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpaceError(f"space {path}: expected a readable YAML file, got {error.strerror or error}") from None
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpaceError(f"space {path}: expected YAML, got {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise SpaceError(f"space {path}: expected keys 'trial', 'question', 'sweep', got {_name(document)}")
+    return _space(path.stem, document)
+
+
+def _space(name: str, document: Mapping[str, Any]) -> Space:
+    _only(document, ("question", "trial", "sweep"), where="space")
+    trial, sweep = document.get("trial"), document.get("sweep") or {}
+    if not isinstance(trial, dict) or not trial:
+        raise SpaceError(f"trial: expected the keys of a trial, got {_name(trial)}")
+    if not isinstance(sweep, dict):
+        raise SpaceError(f"sweep: expected keys, got {_name(sweep)}")
+    _only(sweep, SWEEP_KEYS, where="sweep")
+    fixed: dict[str, Any] = {}
+    domains: dict[str, Domain] = {}
+    conditions: dict[str, Conditions] = {}
+    for key, value in trial.items():
+        if isinstance(value, dict):
+            domains[key], when = _domain(key, value)
+            if when:
+                conditions[key] = when
+        else:
+            fixed[key] = value
+    for key, when in conditions.items():
+        for other in when:
+            if other not in trial:
+                raise SpaceError(f"{key}.when: expected a key of this trial, got {other!r}")
+    return Space(
+        name=name,
+        question=str(document.get("question") or ""),
+        fixed=fixed,
+        domains=domains,
+        conditions=conditions,
+        sweep=sweep,
+    )
+
+
+def _domain(key: str, value: Mapping[str, Any]) -> tuple[Domain, Conditions]:
+    kinds = [kind for kind in value if kind != "when"]
+    if len(kinds) != 1 or kinds[0] not in KINDS:
+        raise SpaceError(f"{key}: expected one of {', '.join(KINDS)} (and 'when'), got {', '.join(map(str, kinds)) or 'nothing'}")
+    kind, arguments = kinds[0], value[kinds[0]]
+    domain: Domain
+    if kind in _LISTS:
+        if not isinstance(arguments, list) or not arguments:
+            raise SpaceError(f"{key}.{kind}: expected a list of at least one value, got {_name(arguments)}")
+        domain = _LISTS[kind](tuple(arguments))
+    else:
+        domain = _range(key, kind, arguments)
+    return domain, _conditions(key, value.get("when"))
+
+
+def _range(key: str, kind: str, arguments: Any) -> Domain:
+    bounds = [_number(a) for a in arguments] if isinstance(arguments, list) else []
+    if len(bounds) != 2 or None in bounds:
+        raise SpaceError(f"{key}.{kind}: expected [low, high], got {_name(arguments)}")
+    low, high = bounds
+    if not low < high or (kind == "loguniform" and low <= 0):
+        rule = "0 < low < high" if kind == "loguniform" else "low < high"
+        raise SpaceError(f"{key}.{kind}: expected {rule}, got [{low}, {high}]")
+    if kind == "int" and not (isinstance(low, int) and isinstance(high, int)):
+        raise SpaceError(f"{key}.int: expected integers, got [{low}, {high}]")
+    return _RANGES[kind](low, high)
+
+
+def _conditions(key: str, when: Any) -> Conditions:
+    if when is None:
+        return {}
+    if not isinstance(when, dict) or not when:
+        raise SpaceError(f"{key}.when: expected {{other_key: value or list}}, got {_name(when)}")
+    return {other: tuple(v) if isinstance(v, list) else (v,) for other, v in when.items()}
+
+
+def _only(mapping: Mapping[str, Any], allowed: tuple[str, ...], *, where: str) -> None:
+    for key in mapping:
+        if key not in allowed:
+            raise SpaceError(f"{where}: unknown key {key!r}; expected one of {', '.join(allowed)}")
+
+
+def _number(value: Any) -> Any:
+    """The number that a YAML value stands for (YAML 1.1 reads 1e-4 as text), or None."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def _name(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:60]
+
+
+def shipped_spaces() -> dict[str, Path]:
+    """Spaces that come with the package, by the path under `tune_spaces/`."""
+    folder = Path(__file__).parent
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find_space(path: str) -> Path:
+    """A path as given or, where there is no such file, the shipped space of that name."""
+    if Path(path).exists():
+        return Path(path)
+    name = path.removeprefix("tune_spaces/")
+    return shipped_spaces().get(name if name.endswith(".yaml") else f"{name}.yaml", Path(path))
