@@ -1,6 +1,21 @@
-"""Joules on hardware: read, windowed and modelled."""
+"""Joules measured and modelled: energy windows over GPUs and CPUs, and what operations cost."""
 
 from hwcost.cost_model import CostModel
+from hwcost.history import GpuSystemMonitor, PowerSample
+from hwcost.monitor import EnergyMonitor, EnergyWindow, LedgerEntry
 from hwcost.prices import ExpertPrices
+from hwcost.readers import DeviceInfo, PowerBaseline
+from hwcost.windows import Measurement
 
-__all__ = ["CostModel", "ExpertPrices"]
+__all__ = [
+    "CostModel",
+    "DeviceInfo",
+    "EnergyMonitor",
+    "EnergyWindow",
+    "ExpertPrices",
+    "GpuSystemMonitor",
+    "LedgerEntry",
+    "Measurement",
+    "PowerBaseline",
+    "PowerSample",
+]
