@@ -5,6 +5,7 @@ documentation (`joulemoe schema`) and every reader are built from these classes,
 by adding a field. Unknown is `None` (null), never 0.
 """
 
+# ruff: noqa: RUF009  (a column documents itself through a call)
 from __future__ import annotations
 
 import dataclasses
@@ -12,16 +13,17 @@ import datetime as dt
 import os
 import types
 import typing
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+from pipelines import parquet
+
+#: 1: the first. 2: `trials` gained `anchor_j_per_token` (null in older files).
+SCHEMA_VERSION = 2
 
 
 def column(meaning: str, *, unit: str = "", null: str = "") -> Any:
@@ -32,6 +34,7 @@ def column(meaning: str, *, unit: str = "", null: str = "") -> Any:
     return dataclasses.field(metadata=meta)
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """One row per attempt of a trial: configuration, outcome, energy, provenance."""
@@ -84,6 +87,7 @@ class TrialRecord:
     lost_energy_j: float | None = column("work of earlier attempts that was lost", unit="J", null="not measurable")
     total_energy_j: float | None = column("setup + train + eval + idle + lost", unit="J", null="not measurable")
     train_j_per_token: float | None = column("train_energy_j / tokens_trained", unit="J/token", null="not measurable")
+    anchor_j_per_token: float | None = column("joules per token of the anchor workload on this board: boards of one model are compared by it", unit="J/token", null="not measured")
     prefill_j_per_token: float | None = column("prefill, per prompt token", unit="J/token", null="not measured")
     decode_j_per_token: float | None = column("decode at decode_batch, per generated token", unit="J/token", null="not measured")
     decode_batch: int | None = column("batch of decode_j_per_token", unit="sequences", null="not measured")
@@ -225,6 +229,7 @@ class PowerRecord:
     memory_utilization: float | None = column("share of time the memory was busy", null="not readable")
     sm_clock_mhz: float | None = column("multiprocessor clock", unit="MHz", null="not readable")
     throttle_reasons: int | None = column("NVML bit mask of clock event reasons", null="not readable")
+# fmt: on
 
 
 Record = TrialRecord | PointRecord | EpochRecord | PowerRecord
@@ -245,7 +250,9 @@ def arrow_schema(record: type[Record]) -> pa.Schema:
     fields = []
     for field in dataclasses.fields(record):
         doc = {key: value for key, value in field.metadata.items() if value}
-        fields.append(pa.field(field.name, _arrow_type(hints[field.name]), nullable=bool(field.metadata["null"]), metadata=doc))
+        fields.append(
+            pa.field(field.name, _arrow_type(hints[field.name]), nullable=bool(field.metadata["null"]), metadata=doc)
+        )
     return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION), "table": record.TABLE})
 
 
@@ -272,7 +279,7 @@ class Store:
     def __init__(self, out: str | os.PathLike[str]) -> None:
         uri = os.fspath(out)
         if "://" in uri:
-            self.fs, self.root = _filesystem(uri)
+            self.fs, self.root = parquet.filesystem(uri)
             self.local = uri.startswith("file://")
         else:
             self.fs, self.root, self.local = pafs.LocalFileSystem(), os.path.abspath(uri), True
@@ -285,67 +292,49 @@ class Store:
         """Write one attempt's rows of one table: whole or not at all. Returns the path."""
         target = self.path(record, sweep_id, trial_id, attempt)
         table = to_table(record, rows)
-        if self.local:
-            _write_renamed(table, target)
-        else:
-            with self.fs.open_output_stream(target) as sink:
-                pq.write_table(table, sink)
+        parquet.write(table, target, None if self.local else self.fs)
         return target
 
-    def read(self, record: type[Record], sweep_id: str | None = None) -> pa.Table:
-        """All rows of a table, of one sweep or of all; an empty table where there are none."""
+    def read(
+        self, record: type[Record], sweep_id: str | None = None, *, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """All rows of a table, of one sweep or of all; an empty table where there are none.
+
+        Args:
+            record: the table.
+            sweep_id: one sweep; all where None.
+            columns: only these; all where None. Columns that an older file lacks are null.
+
+        Raises:
+            ValueError: a file was written by a newer version than this one.
+        """
+        try:
+            return self._read(record, sweep_id, columns)
+        except FileNotFoundError:  # compacted while we read
+            return self._read(record, sweep_id, columns)
+
+    def _read(self, record: type[Record], sweep_id: str | None, columns: Sequence[str] | None) -> pa.Table:
         schema = arrow_schema(record)
+        paths = self.files(record, sweep_id)
+        if not paths:
+            return schema.empty_table().select(list(columns) if columns else schema.names)
+        data = pads.dataset(paths, schema=schema, format="parquet", filesystem=self.fs)
+        for fragment in data.get_fragments():
+            parquet.check_version(fragment, SCHEMA_VERSION)
+        return data.to_table(columns=list(columns) if columns else None, filter=parquet.without_stale_rows(paths))
+
+    def files(self, record: type[Record], sweep_id: str | None = None) -> list[str]:
+        """Paths of a table's Parquet files, of one sweep or of all, sorted."""
         base = f"{self.root}/{record.TABLE}" + (f"/sweep_id={sweep_id}" if sweep_id else "")
         info = self.fs.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
-        paths = sorted(entry.path for entry in info if entry.is_file and entry.path.endswith(".parquet"))
-        if not paths:
-            return schema.empty_table()
-        return pads.dataset(paths, schema=schema, format="parquet", filesystem=self.fs).to_table()
+        return sorted(entry.path for entry in info if entry.is_file and entry.path.endswith(".parquet"))
 
     def sweep_ids(self) -> list[str]:
         """Ids of the sweeps that have trials here, oldest first."""
-        table = self.read(TrialRecord).select(["sweep_id", "started_at"])
-        starts: dict[str, dt.datetime] = {}
-        for row in table.to_pylist():
-            starts[row["sweep_id"]] = min(row["started_at"], starts.get(row["sweep_id"], row["started_at"]))
+        table = self.read(TrialRecord, columns=["sweep_id", "started_at"])
+        firsts = table.group_by("sweep_id").aggregate([("started_at", "min")])
+        starts = dict(zip(firsts["sweep_id"].to_pylist(), firsts["started_at_min"].to_pylist(), strict=True))
         return sorted(starts, key=lambda sweep_id: (starts[sweep_id], sweep_id))
-
-
-def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    try:
-        fs, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        import fsspec
-
-        backend, path = fsspec.core.url_to_fs(uri)
-        fs = pafs.PyFileSystem(pafs.FSSpecHandler(backend))
-    return fs, path.rstrip("/")
-
-
-def _write_renamed(table: pa.Table, target: str) -> None:
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "wb") as sink:
-            pq.write_table(table, sink)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-    _fsync_folder(os.path.dirname(target))
-
-
-def _fsync_folder(folder: str) -> None:
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def schema_markdown() -> str:
@@ -356,7 +345,22 @@ def schema_markdown() -> str:
         lines += ["| column | type | unit | meaning | null means |", "| --- | --- | --- | --- | --- |"]
         for field in arrow_schema(record):
             doc: Mapping[str, str] = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
-            cells = (f"`{field.name}`", str(field.type), doc.get("unit", ""), doc["meaning"], doc.get("null", "never null"))
+            cells = (
+                f"`{field.name}`",
+                str(field.type),
+                doc.get("unit", ""),
+                doc["meaning"],
+                doc.get("null", "never null"),
+            )
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def column_unit(name: str) -> str:
+    """Unit of a column, by its name in any table; empty where it has none or is not known."""
+    for record in TABLES.values():
+        for field in dataclasses.fields(record):
+            if field.name == name:
+                return str(field.metadata["unit"])
+    return ""

@@ -1,0 +1,402 @@
+"""MLflow as a mirror of the Parquet tables: the only file that imports mlflow.
+
+One flat run per attempt of a trial (no parent tag: the UI folds children away and shows no charts) and one run
+for the sweep. Every run is found by its tags before it is created, and what it already holds is not written
+again, so mirroring the same rows twice changes nothing. A tracker is used by one process, the sweep's driver; it
+never stops a sweep: the first error is logged once, and `mirror` repairs what is missing later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol
+
+import pyarrow.parquet as pq
+
+from pipelines.mirrored import (
+    compare_link,
+    end_ms,
+    epoch_metrics,
+    epoch_times,
+    start_ms,
+    trial_metrics,
+    trial_params,
+    trial_tags,
+)
+from pipelines.records import EpochRecord, PowerRecord, Record, Store, TrialRecord, to_table
+
+log = logging.getLogger("joulemoe.tracking")
+EXPERIMENT = "joulemoe"
+DEFAULT_UI = "http://127.0.0.1:5000"
+_STATUS = {"COMPLETED": "FINISHED", "STOPPED": "FINISHED", "FAILED": "FAILED"}
+#: A metric that every epoch has: its history tells which epochs a run already holds.
+_EVERY_EPOCH = "epoch/tokens_trained"
+_NO_STORE = "the results are not in a local folder: name a tracking URI or set MLFLOW_TRACKING_URI"
+_P = ParamSpec("_P")
+
+
+class FrontLike(Protocol):
+    """What the sweep's run needs to know of a front."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain row per front member."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers that describe the front as a whole."""
+        ...
+
+    def to_json(self) -> str:
+        """The whole front."""
+        ...
+
+
+def _harmless(
+    method: Callable[Concatenate[Tracker, _P], None],
+) -> Callable[Concatenate[Tracker, _P], None]:
+    """Run a method only while MLflow answers; its first error is logged and silences the tracker."""
+
+    @functools.wraps(method)
+    def guarded(self: Tracker, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        if self.problem is None:
+            try:
+                method(self, *args, **kwargs)
+            except Exception as error:
+                self.problem = " ".join(str(error).split())[:300] or type(error).__name__
+                log.warning("MLflow does not answer (%s): the sweep goes on; `mirror` repairs it later", self.problem)
+
+    return guarded  # type: ignore[return-value]  # mypy loses the first argument's name
+
+
+class Tracker:
+    """Writes one sweep at a time to MLflow.
+
+    Args:
+        out: folder of the results. Without another address MLflow lives in `OUT/mlflow.db`, its artifacts in
+            `OUT/mlartifacts`.
+        tracking_uri: address of a tracking server or store; else the environment's `MLFLOW_TRACKING_URI`.
+
+    Attributes:
+        uri: address in use.
+        problem: why nothing is written any more; None while MLflow answers.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], *, tracking_uri: str | None = None) -> None:
+        self.out = os.fspath(out)
+        self.uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _default_uri(self.out) or ""
+        self.problem: str | None = None if self.uri else _NO_STORE
+        if self.problem:
+            log.warning("MLflow is left out: %s", self.problem)
+        self.sweep_id: str | None = None
+        self._opened: tuple[Any, str] | None = None
+        self._runs: dict[tuple[str, int], Any] = {}
+        self._sweep_run: Any = None
+
+    # --- a sweep, live ---------------------------------------------------------------------------------
+
+    @_harmless
+    def start_sweep(
+        self, sweep_id: str, *, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
+    ) -> None:
+        """Find or create the sweep's run; from here on trials and epochs may be logged.
+
+        Args:
+            sweep_id: the sweep.
+            params: what the sweep was asked for (space, search, scheduler, ...).
+            tags: further tags of the sweep's run.
+        """
+        self._select(sweep_id)
+        client, experiment = self._client()
+        if self._sweep_run is None:
+            every = {"sweep_id": sweep_id, "kind": "sweep", **(tags or {})}
+            self._sweep_run = client.create_run(experiment, tags=_strings(every), run_name=f"sweep {sweep_id}")
+        self._log_params(self._sweep_run, _strings(params or {}))
+
+    @_harmless
+    def log_epoch(self, record: EpochRecord) -> None:
+        """One epoch's metrics, step = epoch, on the run of its trial (created by the first)."""
+        self._select(record.sweep_id)
+        run = self._trial_run(record.trial_id, record.attempt, start=None)
+        self._log_epochs(run, [(record, int(time.time() * 1000))])
+
+    @_harmless
+    def log_trial(
+        self, record: TrialRecord, epochs: Sequence[EpochRecord] = (), power: Sequence[PowerRecord] = ()
+    ) -> None:
+        """The outcome of an attempt: parameters, final metrics, tags, curves and the power trace."""
+        self._write_trial(record, epochs, power)
+
+    def finish_sweep(
+        self,
+        front: FrontLike | None,
+        *,
+        artifacts: Sequence[str | os.PathLike[str]] = (),
+        models: Mapping[str, str] | None = None,
+    ) -> None:
+        """Close the sweep's run: the front as table, figures and metrics; models of front members.
+
+        Args:
+            front: the front; None where there is none.
+            artifacts: files for the sweep's run (figures, the report).
+            models: checkpoint folder by trial id; only those of front members are logged.
+        """
+        self._finish(front, [Path(path) for path in artifacts], models or {})
+
+    # --- from Parquet ----------------------------------------------------------------------------------
+
+    def mirror(self, store: Store, sweep_id: str) -> int:
+        """Bring every attempt of a sweep into MLflow once more; what is already there stays as it is.
+
+        Returns:
+            Attempts mirrored.
+
+        Raises:
+            Exception: MLflow's own error where it does not answer (a mirror is asked for, not incidental).
+        """
+        self.problem = None
+        curves = _by_attempt(store, EpochRecord, sweep_id)
+        traces = _by_attempt(store, PowerRecord, sweep_id)
+        rows = [TrialRecord(**row) for row in store.read(TrialRecord, sweep_id).to_pylist()]
+        self._select(sweep_id)
+        for row in sorted(rows, key=lambda row: (row.started_at, row.trial_id, row.attempt)):
+            key = (row.trial_id, row.attempt)
+            self._write_trial(row, curves.get(key, []), traces.get(key, []))
+        return len(rows)
+
+    # --- links -----------------------------------------------------------------------------------------
+
+    def run_urls(self, sweep_id: str, base: str = DEFAULT_UI) -> dict[str, str]:
+        """Address of each trial's run in the MLflow UI, by trial id (its last attempt)."""
+        self._select(sweep_id)
+        _, experiment = self._client()
+        ordered = sorted(self._runs.items(), key=lambda item: item[0][1])
+        return {trial: f"{base}/#/experiments/{experiment}/runs/{run.info.run_id}" for (trial, _), run in ordered}
+
+    def compare_url(self, sweep_id: str, base: str = DEFAULT_UI) -> str:
+        """The MLflow UI's page that compares the last attempts of a sweep's trials that have a loss."""
+        self._select(sweep_id)
+        _, experiment = self._client()
+        last = {trial: run for (trial, _), run in sorted(self._runs.items(), key=lambda item: item[0][1])}
+        order = sorted(last.values(), key=lambda run: (run.info.start_time, run.info.run_id))
+        ids = [run.info.run_id for run in order if run.data.tags.get("state") != "FAILED"]
+        return compare_link(ids, experiment, base)
+
+    # --- inside ----------------------------------------------------------------------------------------
+
+    def _client(self) -> tuple[Any, str]:
+        """The client and the experiment's id; the store is migrated once, by one process, first."""
+        if not self.uri:
+            raise ValueError(_NO_STORE)
+        if self._opened is None:
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            import mlflow
+
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+            with _one_process_at_a_time(self.uri):
+                client = mlflow.MlflowClient(tracking_uri=self.uri)
+                self._opened = client, _experiment(client, self.uri, self.out)
+        return self._opened
+
+    def _select(self, sweep_id: str) -> None:
+        """Load the runs of a sweep; afterwards they are known without asking."""
+        if self.sweep_id == sweep_id:
+            return
+        client, experiment = self._client()
+        self._runs, self._sweep_run = {}, None
+        quoted = sweep_id.replace("'", "\\'")
+        token = None
+        while True:
+            page = client.search_runs([experiment], f"tags.sweep_id = '{quoted}'", max_results=1000, page_token=token)
+            for run in page:
+                self._remember(run)
+            token = page.token
+            if not token:
+                break
+        self.sweep_id = sweep_id
+
+    def _remember(self, run: Any) -> Any:
+        tags = run.data.tags
+        if tags.get("kind") == "sweep":
+            self._sweep_run = run
+        else:
+            self._runs[(tags["trial_id"], int(tags["attempt"]))] = run
+        return run
+
+    def _trial_run(self, trial_id: str, attempt: int, start: int | None) -> Any:
+        key = (trial_id, attempt)
+        if key not in self._runs:
+            client, experiment = self._client()
+            tags = {"sweep_id": self.sweep_id, "trial_id": trial_id, "attempt": attempt, "kind": "trial"}
+            name = trial_id if attempt == 0 else f"{trial_id} attempt {attempt}"
+            self._remember(client.create_run(experiment, start_time=start, tags=_strings(tags), run_name=name))
+        return self._runs[key]
+
+    def _write_trial(self, record: TrialRecord, epochs: Sequence[EpochRecord], power: Sequence[PowerRecord]) -> None:
+        self._select(record.sweep_id)
+        client, _ = self._client()
+        run = self._trial_run(record.trial_id, record.attempt, start=start_ms(record))
+        self._log_epochs(run, list(zip(epochs, epoch_times(record, epochs), strict=True)))
+        run = self._remember(client.get_run(run.info.run_id))
+        self._log_params(run, trial_params(record))
+        self._log_metrics(run, trial_metrics(record), end_ms(record), step=record.epochs)
+        self._log_tags(run, trial_tags(record))
+        if power:
+            self._log_power(run, power)
+        if run.info.status != _STATUS[record.state]:
+            client.set_terminated(run.info.run_id, _STATUS[record.state], end_ms(record))
+        self._remember(client.get_run(run.info.run_id))
+
+    def _log_epochs(self, run: Any, rows: Sequence[tuple[EpochRecord, int]]) -> None:
+        if not rows:
+            return
+        client, _ = self._client()
+        from mlflow.entities import Metric
+
+        have = {metric.step for metric in client.get_metric_history(run.info.run_id, _EVERY_EPOCH)}
+        batch = [
+            Metric(name, value, stamp, row.epoch)
+            for row, stamp in rows
+            if row.epoch not in have
+            for name, value in epoch_metrics(row).items()
+        ]
+        for part in _parts(batch):
+            client.log_batch(run.info.run_id, metrics=part)
+
+    def _log_metrics(self, run: Any, values: Mapping[str, float], stamp: int, *, step: int) -> None:
+        from mlflow.entities import Metric
+
+        new = [Metric(k, v, stamp, step) for k, v in values.items() if run.data.metrics.get(k) != v]
+        for part in _parts(new):
+            self._client()[0].log_batch(run.info.run_id, metrics=part)
+
+    def _log_params(self, run: Any, values: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        new = [Param(key, value) for key, value in values.items() if key not in run.data.params]
+        if new:
+            self._client()[0].log_batch(run.info.run_id, params=new[:100])
+
+    def _log_tags(self, run: Any, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        new = [RunTag(key, value) for key, value in values.items() if run.data.tags.get(key) != value]
+        if new:
+            self._client()[0].log_batch(run.info.run_id, tags=new)
+
+    def _log_power(self, run: Any, power: Sequence[PowerRecord]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "power.parquet"
+            pq.write_table(to_table(PowerRecord, power), path)
+            self._client()[0].log_artifact(run.info.run_id, str(path))
+
+    @_harmless
+    def _finish(self, front: FrontLike | None, artifacts: Sequence[Path], models: Mapping[str, str]) -> None:
+        if self._sweep_run is None:
+            raise RuntimeError("finish_sweep before start_sweep")
+        client, _ = self._client()
+        run = client.get_run(self._sweep_run.info.run_id)
+        run_id = run.info.run_id
+        for path in artifacts:
+            client.log_artifact(run_id, str(path))
+        if front is not None:
+            self._log_metrics(run, front.metrics(), int(time.time() * 1000), step=0)
+            client.log_text(run_id, front.to_json(), "front.json")
+            client.log_dict(run_id, _split_table(front.rows()), "front_table.json")
+            client.set_tag(run_id, "mlflow.loggedArtifacts", '[{"path": "front_table.json", "type": "table"}]')
+            members = {trial for row in front.rows() for trial in str(row["trial_id"]).split()}
+            for trial_id in sorted(members & set(models)):
+                self._log_model(trial_id, models[trial_id])
+        if run.info.status != "FINISHED":
+            client.set_terminated(run_id, "FINISHED")
+
+    def _log_model(self, trial_id: str, folder: str) -> None:
+        """A front member's checkpoint as a logged model of its run."""
+        client, experiment = self._client()
+        runs = {attempt: run for (trial, attempt), run in self._runs.items() if trial == trial_id}
+        if not runs:
+            return
+        run = client.get_run(runs[max(runs)].info.run_id)
+        if run.outputs is not None and run.outputs.model_outputs:
+            return
+        from mlflow.entities import LoggedModelOutput
+
+        name = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in trial_id)
+        model = client.create_logged_model(experiment, name=name, source_run_id=run.info.run_id)
+        client.log_model_artifacts(model.model_id, folder)
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(run.info.run_id, models=[LoggedModelOutput(model_id=model.model_id, step=0)])
+
+
+def ui_command(out: str | os.PathLike[str], *, port: int = 5000, tracking_uri: str | None = None) -> list[str]:
+    """The command that serves the MLflow UI of a folder of results on 127.0.0.1."""
+    uri = Tracker(out, tracking_uri=tracking_uri).uri
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+    return [*command, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _default_uri(out: str) -> str | None:
+    """The store beside local results; there is none beside remote ones."""
+    if "://" in out and not out.startswith("file://"):
+        return None
+    return f"sqlite:///{os.path.abspath(urllib.parse.urlparse(out).path if '://' in out else out)}/mlflow.db"
+
+
+def _experiment(client: Any, uri: str, out: str) -> str:
+    """The experiment's id; a local store keeps its artifacts beside the database."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    location = None
+    if uri == _default_uri(out):
+        location = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
+    return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(uri: str) -> Iterator[None]:
+    """First connections of several processes to an empty sqlite store fail: let them come one by one."""
+    if not uri.startswith("sqlite:///") or os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _by_attempt(store: Store, record: type[Record], sweep_id: str) -> dict[tuple[str, int], list[Any]]:
+    found: dict[tuple[str, int], list[Any]] = {}
+    for row in store.read(record, sweep_id).to_pylist():
+        found.setdefault((row["trial_id"], row["attempt"]), []).append(record(**row))
+    return found
+
+
+def _split_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    columns = list(rows[0]) if rows else []
+    return {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}
+
+
+def _strings(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in values.items()}
+
+
+def _parts(batch: Sequence[Any], size: int = 1000) -> Iterator[Sequence[Any]]:
+    """MLflow takes a thousand metrics at once."""
+    for start in range(0, len(batch), size):
+        yield batch[start : start + size]
