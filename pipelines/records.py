@@ -5,7 +5,6 @@ documentation (`joulemoe schema`) and every reader are built from these classes,
 by adding a field. Unknown is `None` (null), never 0.
 """
 
-# ruff: noqa: RUF009  (a column documents itself through a call)
 from __future__ import annotations
 
 import dataclasses

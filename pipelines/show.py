@@ -63,7 +63,7 @@ def front_table(front: Front, *, limit: int = 40) -> Table:
     title = f"Pareto front: {len(front)} of {len(front.on_front_N)} configurations"
     if any(hygiene.is_energy(axis) for axis in axes):
         title += f" ({joules})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows = front.rows()[:limit]
     labels = varying_labels(rows)
     probable = front.probability_N is not None
@@ -76,12 +76,12 @@ def front_table(front: Front, *, limit: int = 40) -> Table:
     table.add_column("seeds", justify="right")
     if probable:
         table.add_column("P(front)", justify="right", no_wrap=True)
-    table.add_column("trials", overflow="ellipsis", no_wrap=True)
     table.add_column("", no_wrap=True)
+    table.add_column("trials", overflow="fold")
     for row in rows:
         cells = [escape(_cell(row[name])) for name in labels] + [interval(row, axis) for axis in axes]
         cells += [str(row["seeds"])] + ([f"{row['front_probability']:.2f}"] if probable else [])
-        table.add_row(*cells, escape(_shortened(row["trial_id"])), "◀ knee" if row["knee"] else "")
+        table.add_row(*cells, "◀" if row["knee"] else "", escape(_shortened(row["trial_id"])))
     return table
 
 
@@ -97,7 +97,7 @@ def front_lines(front: Front, *, limit: int = 40) -> list[str]:
         beyond = f"; {front.beyond_reference} members lie beyond it" if front.beyond_reference else ""
         lines.append(f"hypervolume {front.hypervolume:.6g} to the reference point {at}{beyond}")
     if front.knee is not None:
-        lines.append(f"knee: {_knee_words(front)}")
+        lines.append(f"◀ knee: {_knee_words(front)}")
     lines.append(f"context: {front.context}")
     lines += [f"left out: {left.count} × {left.reason}{_examples(left.trial_ids)}" for left in front.left_out]
     lines += [f"separate front: {rows} rows on {context}" for context, rows in front.others]

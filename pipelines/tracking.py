@@ -102,25 +102,31 @@ class Tracker:
         self._runs: dict[tuple[str, int], Any] = {}
         self._sweep_run: Any = None
 
+    @classmethod
+    def open(cls, out: str | os.PathLike[str], tracking_uri: str | None = None) -> Tracker:
+        """A tracker for a folder of results; MLflow itself is reached by the first call."""
+        return cls(out, tracking_uri=tracking_uri)
+
     # --- a sweep, live ---------------------------------------------------------------------------------
 
     @_harmless
     def start_sweep(
-        self, sweep_id: str, *, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
+        self, sweep_id: str, space: str = "", *, question: str = "", params: Mapping[str, Any] | None = None
     ) -> None:
         """Find or create the sweep's run; from here on trials and epochs may be logged.
 
         Args:
             sweep_id: the sweep.
-            params: what the sweep was asked for (space, search, scheduler, ...).
-            tags: further tags of the sweep's run.
+            space: name of its search space.
+            question: what it asks; the run's description.
+            params: what else the sweep was asked for (search, scheduler, ...).
         """
         self._select(sweep_id)
         client, experiment = self._client()
         if self._sweep_run is None:
-            every = {"sweep_id": sweep_id, "kind": "sweep", **(tags or {})}
-            self._sweep_run = client.create_run(experiment, tags=_strings(every), run_name=f"sweep {sweep_id}")
-        self._log_params(self._sweep_run, _strings(params or {}))
+            tags = {"sweep_id": sweep_id, "kind": "sweep", "space": space, "mlflow.note.content": question}
+            self._sweep_run = client.create_run(experiment, tags=tags, run_name=f"sweep {sweep_id}")
+        self._log_params(self._sweep_run, _strings({"space": space, **(params or {})}))
 
     @_harmless
     def log_epoch(self, record: EpochRecord) -> None:
@@ -131,9 +137,15 @@ class Tracker:
 
     @_harmless
     def log_trial(
-        self, record: TrialRecord, epochs: Sequence[EpochRecord] = (), power: Sequence[PowerRecord] = ()
+        self, record: TrialRecord, epochs: Sequence[EpochRecord] = (), power: Sequence[PowerRecord] | str = ()
     ) -> None:
-        """The outcome of an attempt: parameters, final metrics, tags, curves and the power trace."""
+        """The outcome of an attempt: parameters, final metrics, tags, curves and the power trace.
+
+        Args:
+            record: the attempt's row.
+            epochs: its curves; epochs that the run already holds are not written again.
+            power: its power trace, or the path of its Parquet file (left to `mirror` where it is not here).
+        """
         self._write_trial(record, epochs, power)
 
     def finish_sweep(
@@ -244,7 +256,9 @@ class Tracker:
             self._remember(client.create_run(experiment, start_time=start, tags=_strings(tags), run_name=name))
         return self._runs[key]
 
-    def _write_trial(self, record: TrialRecord, epochs: Sequence[EpochRecord], power: Sequence[PowerRecord]) -> None:
+    def _write_trial(
+        self, record: TrialRecord, epochs: Sequence[EpochRecord], power: Sequence[PowerRecord] | str
+    ) -> None:
         self._select(record.sweep_id)
         client, _ = self._client()
         run = self._trial_run(record.trial_id, record.attempt, start=start_ms(record))
@@ -253,8 +267,7 @@ class Tracker:
         self._log_params(run, trial_params(record))
         self._log_metrics(run, trial_metrics(record), end_ms(record), step=record.epochs)
         self._log_tags(run, trial_tags(record))
-        if power:
-            self._log_power(run, power)
+        self._log_power(run, record, power)
         if run.info.status != _STATUS[record.state]:
             client.set_terminated(run.info.run_id, _STATUS[record.state], end_ms(record))
         self._remember(client.get_run(run.info.run_id))
@@ -296,11 +309,16 @@ class Tracker:
         if new:
             self._client()[0].log_batch(run.info.run_id, tags=new)
 
-    def _log_power(self, run: Any, power: Sequence[PowerRecord]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "power.parquet"
-            pq.write_table(to_table(PowerRecord, power), path)
-            self._client()[0].log_artifact(run.info.run_id, str(path))
+    def _log_power(self, run: Any, record: TrialRecord, power: Sequence[PowerRecord] | str) -> None:
+        client, _ = self._client()
+        if isinstance(power, str):
+            if os.path.exists(power):
+                client.log_artifact(run.info.run_id, power, "power")
+        elif power:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{record.trial_id}-{record.attempt}.parquet"
+                pq.write_table(to_table(PowerRecord, power), path)
+                client.log_artifact(run.info.run_id, str(path), "power")
 
     @_harmless
     def _finish(self, front: FrontLike | None, artifacts: Sequence[Path], models: Mapping[str, str]) -> None:
