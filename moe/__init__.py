@@ -1,19 +1,28 @@
 """Mixture-of-Experts GPT-2: routers, regularizers, upcycling, metrics."""
 
+from moe.callback import BalanceCallback
 from moe.config import MoEGPT2Config
+from moe.metrics import RoutingStats, RoutingSummary, agreement
 from moe.modeling import MoEGPT2LMHeadModel, MoEGPT2Model, MoEGPT2Output
 from moe.regularizers import REGULARIZERS
 from moe.routers import ROUTERS, Router
 from moe.routing import Routing, Tokens
+from moe.upcycling import upcycle, upcycle_checkpoint
 
 __all__ = [
     "REGULARIZERS",
     "ROUTERS",
+    "BalanceCallback",
     "MoEGPT2Config",
     "MoEGPT2LMHeadModel",
     "MoEGPT2Model",
     "MoEGPT2Output",
     "Router",
     "Routing",
+    "RoutingStats",
+    "RoutingSummary",
     "Tokens",
+    "agreement",
+    "upcycle",
+    "upcycle_checkpoint",
 ]

@@ -25,8 +25,8 @@ class MoEGPT2Config(GPT2Config):
         regularizers: name → weight, keys of `REGULARIZERS`.
         gibbs_beta: β of `kl_gibbs`.
         capacity_factor: of router `capacity`, which drops while training and never in evaluation.
-        router_top_p: of router `topp`: the probability mass that a token's set must exceed. (`top_p` alone would collide
-            with generation's own, as `top_k` does.)
+        router_top_p: of router `topp`: the probability mass that a token's set must exceed. (`top_p` would
+            collide with generation's own, as `top_k` does.)
         router_jitter: ε; the router's input is scaled by U(1−ε, 1+ε) while training (Switch §2.2).
         bias_balance_rate: u of bias balancing; 0 turns it off.
         mixing: `normalized` (weights sum to 1; K = 1 mixes with p/stopgrad(p)) or `probability`
@@ -61,9 +61,8 @@ class MoEGPT2Config(GPT2Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.expert_widths is None:
-            self.expert_widths = [self.dense_width] * 8
-        self.expert_widths = list(self.expert_widths)
+        given: Any = self.expert_widths
+        self.expert_widths = [self.dense_width] * 8 if given is None else list(given)
         self.check()
 
     @property

@@ -75,7 +75,7 @@ class MoEGPT2Block(GPT2Block):
         super().__init__(config, layer_idx=layer_idx)
         self.mlp = MoEMLP(config, layer_idx)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         past_key_values: Cache | None = None,

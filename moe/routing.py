@@ -89,14 +89,14 @@ class Routing:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields in order. Gradient checkpointing carries tuples of tensors faithfully, and
         nothing else: a dataclass would lose its gradients under `use_reentrant=True`."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(getattr(self, name) for name in _FIELDS)
 
     @classmethod
     def from_tensors(cls, tensors: tuple[Tensor | None, ...]) -> Routing:
-        names = (field.name for field in dataclasses.fields(cls))
-        return cls(**dict(zip(names, tensors, strict=True)))  # type: ignore[arg-type]
+        return cls(**dict(zip(_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(Routing))
 pytree.register_dataclass(Routing)
 
 
