@@ -28,7 +28,18 @@ DISPATCHES: dict[str, Dispatch] = {
 }
 
 
-def _automatic(x_TD: Tensor) -> str:
+try:
+    from moe import fused
+except ImportError:  # no Triton: PyTorch's own grouped GEMM serves
+    fused = None  # type: ignore[assignment]
+else:
+    DISPATCHES["triton"] = fused.fused
+
+
+def _automatic(x_TD: Tensor, weights: Weights, widths: Sequence[int]) -> str:
+    """The fastest path that serves this device, type and shape."""
+    if fused is not None and fused.supported(x_TD, weights, widths):
+        return "triton"
     return "grouped_mm" if x_TD.is_cuda and x_TD.dtype != torch.float64 else "sorted"
 
 
@@ -85,7 +96,7 @@ class Experts(nn.Module):
         if not self.widths:
             return torch.zeros_like(x_TD)
         weights = Weights(*(None if w is None else w.to(dtype) for w in self._weights()))  # type: ignore[arg-type]
-        name = _automatic(x_TD) if self.dispatch == "auto" else self.dispatch
+        name = _automatic(x_TD, weights, self.widths) if self.dispatch == "auto" else self.dispatch
         return DISPATCHES[name](x_TD, self._slots(routing), routing.weight_TK, weights, self.widths)
 
     def _weights(self) -> Weights:

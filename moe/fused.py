@@ -38,14 +38,15 @@ class Tiles(NamedTuple):
 
 TILES: dict[str, Tiles] = {
     "up": Tiles(128, 128, 64, 4, 3),
+    "up_backward": Tiles(128, 128, 64, 4, 3),
     "down": Tiles(128, 128, 64, 4, 3),
     "weight": Tiles(128, 128, 64, 4, 3),
 }
 # Half the reduction per step keeps four-byte operands within shared memory.
-TILES_FP32 = {name: Tiles(128, 64, 32, 4, 2) for name in TILES}
+TILES_FP32 = {name: Tiles(64, 64, 32, 4, 2) for name in TILES}
 DECODE_NEURONS = 32
 DECODE_COLUMNS = 64
-DECODE_SPLITS = 24
+DECODE_SPLIT = 1024
 
 
 def supported(x_TD: Tensor, weights: Weights, widths: Sequence[int]) -> bool:
@@ -64,6 +65,19 @@ def _offsets(widths: tuple[int, ...], device: torch.device) -> Tensor:
 def _expert_of_block(widths: tuple[int, ...], per_block: int, device: torch.device) -> Tensor:
     blocks = [n for n, width in enumerate(widths) for _ in range(width // per_block)]
     return torch.tensor(blocks, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _splits(widths: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of at most ``size`` neurons, each of one expert: first neuron, end, expert."""
+    ends = list(accumulate(widths))
+    runs = [
+        (first, min(first + size, end), n)
+        for n, (end, width) in enumerate(zip(ends, widths, strict=True))
+        for first in range(end - width, end, size)
+    ]
+    first, last, expert = (torch.tensor(column, dtype=torch.int32, device=device) for column in zip(*runs, strict=True))
+    return first, last, expert
 
 
 def _capacity(choices: int, experts: int) -> int:
@@ -132,9 +146,7 @@ def combine(rows_RD: Tensor, plan: Schedule, weight_TK: Tensor | None, shape: tu
     weight = rows_RD if weight_TK is None else weight_TK
     cols = triton.next_power_of_2(D)
     grid = (triton.cdiv(T, 4),)
-    kernels.combine_rows[grid](
-        rows_RD, plan.row_C, weight, y_TD, T, D, K=K, WEIGHTED=weighted, TOKENS=4, COLS=cols
-    )
+    kernels.combine_rows[grid](rows_RD, plan.row_C, weight, y_TD, T, D, K=K, WEIGHTED=weighted, TOKENS=4, COLS=cols)
     return y_TD
 
 
@@ -146,9 +158,9 @@ def to_neurons(
     backward = pre_RW is not None
     pre_RW = rows_RD.new_empty(rows, W) if pre_RW is None else pre_RW
     out_RW = rows_RD.new_empty(rows, W)
-    tiles = rows // TILE
-    partial_MW = rows_RD.new_empty((tiles, W) if backward else (1,), dtype=torch.float32)
-    t = _tiles("up", rows_RD.dtype)
+    t = _tiles("up_backward" if backward else "up", rows_RD.dtype)
+    tiles = rows // t.m
+    partial_MW = rows_RD.new_empty((tiles, W) if backward else (1, 1), dtype=torch.float32)
     grid = (tiles * triton.cdiv(W, t.n),)
     kernels.rows_to_neurons[grid](
         _describe(rows_RD, t.m, t.k),
@@ -163,6 +175,7 @@ def to_neurons(
         W,
         tiles,
         BACKWARD=backward,
+        TILE=TILE,
         BM=t.m,
         BN=t.n,
         BK=t.k,
@@ -181,7 +194,7 @@ def to_rows(
     rows, D = hidden_RW.shape[0], weight_PD.shape[1]
     out_RD = hidden_RW.new_empty(rows, D)
     t = _tiles("down", hidden_RW.dtype)
-    tiles = rows // TILE
+    tiles = rows // t.m
     grid = (tiles * triton.cdiv(D, t.n),)
     kernels.neurons_to_rows[grid](
         _describe(hidden_RW, t.m, t.k),
@@ -193,6 +206,7 @@ def to_rows(
         D,
         tiles,
         BIAS=bias_ND is not None,
+        TILE=TILE,
         BM=t.m,
         BN=t.n,
         BK=t.k,
@@ -229,21 +243,18 @@ def weight_gradient(hidden_RW: Tensor, rows_RD: Tensor, plan: Schedule, widths: 
     return out_PD
 
 
-def bias_gradient(partial: Tensor, rows: int, plan: Schedule, widths: Sequence[int], ragged: bool) -> Tensor:
-    """Sums partial column sums (one per ``rows`` rows) over the rows of each expert."""
+def bias_gradient(partial: Tensor, plan: Schedule, widths: Sequence[int], ragged: bool) -> Tensor:
+    """Sums partial column sums (one per group of rows) over the rows of each expert."""
+    rows = plan.choice_R.numel() // partial.shape[0]
     N, columns = len(widths), partial.shape[1]
     total = partial.new_empty(sum(widths) if ragged else (N, columns))
     offsets = _offsets(tuple(widths), partial.device)
     grid = (N, triton.cdiv(columns, 128))
-    kernels.sum_partials[grid](
-        partial, plan.start_N, offsets, total, columns, ROWS=rows, RAGGED=ragged, COLS=128
-    )
+    kernels.sum_partials[grid](partial, plan.start_N, offsets, total, columns, ROWS=rows, RAGGED=ragged, COLS=128)
     return total
 
 
-def spread(
-    dy_TD: Tensor, out_RD: Tensor, weight_TK: Tensor, plan: Schedule
-) -> tuple[Tensor, Tensor, Tensor]:
+def spread(dy_TD: Tensor, out_RD: Tensor, weight_TK: Tensor, plan: Schedule) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of the weighted combine: gradients of rows and of weights, partial sums for the bias."""
     rows, D = out_RD.shape
     dout_RD, dweight_TK = torch.empty_like(out_RD), torch.zeros_like(weight_TK)
@@ -297,8 +308,8 @@ def fused_experts_backward(dy_TD: Tensor, saved: Sequence[Tensor], widths: Seque
     dx_RD = to_rows(dpre_RW, up_PD, None, plan, widths)
     d_up = weight_gradient(dpre_RW, x_RD, plan, widths)
     dx_TD = combine(dx_RD, plan, None, (weight_TK.shape[0], weight_TK.shape[1]))
-    d_up_bias = bias_gradient(partial_MW, TILE, plan, widths, True).to(up_PD.dtype)
-    d_down_bias = bias_gradient(partial_GD, GROUP_ROWS, plan, widths, False).to(up_PD.dtype)
+    d_up_bias = bias_gradient(partial_MW, plan, widths, True).to(up_PD.dtype)
+    d_down_bias = bias_gradient(partial_GD, plan, widths, False).to(up_PD.dtype)
     return [dx_TD, dweight_TK, d_up, d_up_bias, d_down, d_down_bias]
 
 
@@ -346,12 +357,12 @@ def decode_experts(
         x_TD, slot_TK, weight_TK, up_PD, up_bias_P, hidden_TP, blocks, T, D, P,
         K=K, BT=tokens, BP=DECODE_NEURONS, BK=64, PRECISION=precision, num_warps=4, num_stages=4,
     )  # fmt: skip
-    chunk = triton.cdiv(triton.cdiv(P, 64), DECODE_SPLITS) * 64
-    splits = triton.cdiv(P, chunk)
+    first_S, last_S, expert_S = _splits(tuple(widths), DECODE_SPLIT, x_TD.device)
+    splits = expert_S.numel()
     partial_STD = x_TD.new_empty(splits, T, D, dtype=torch.float32)
     kernels.decode_down[(triton.cdiv(D, DECODE_COLUMNS), splits)](
-        hidden_TP, slot_TK, down_PD, partial_STD, blocks, T, D, P, T * K, chunk,
-        PER_BLOCK=DECODE_NEURONS, BT=tokens, BC=triton.next_power_of_2(T * K), BN=DECODE_COLUMNS, BK=64,
+        hidden_TP, slot_TK, down_PD, partial_STD, first_S, last_S, expert_S, T, D, P, T * K,
+        BT=tokens, BC=triton.next_power_of_2(T * K), BN=DECODE_COLUMNS, BK=64,
         PRECISION=precision, num_warps=4, num_stages=4,
     )  # fmt: skip
     y_TD = torch.empty_like(x_TD)

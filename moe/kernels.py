@@ -156,9 +156,7 @@ def spread_gradient(
 
 
 @triton.jit
-def sum_partials(
-    partial_GW, start_N, offset_N, total, W, ROWS: tl.constexpr, RAGGED: tl.constexpr, COLS: tl.constexpr
-):
+def sum_partials(partial_GW, start_N, offset_N, total, W, ROWS: tl.constexpr, RAGGED: tl.constexpr, COLS: tl.constexpr):
     """Per expert, the sum over its row groups: total[n] of D columns, or of the expert's own neurons (RAGGED)."""
     n = tl.program_id(0)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -204,6 +202,7 @@ def rows_to_neurons(
     W,
     tiles,
     BACKWARD: tl.constexpr,
+    TILE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -216,7 +215,7 @@ def rows_to_neurons(
     and the column sums of out go to ``partial_MW`` (one row per tile) for the bias gradient.
     """
     m, f = _swizzle(tl.program_id(0), tiles, tl.cdiv(W, BN), GROUP)
-    n = tl.load(expert_M + m)
+    n = tl.load(expert_M + m * BM // TILE)
     if n >= 0:
         offset = tl.load(offset_N + n)
         width = tl.load(offset_N + n + 1) - offset
@@ -253,6 +252,7 @@ def neurons_to_rows(
     D,
     tiles,
     BIAS: tl.constexpr,
+    TILE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -261,7 +261,7 @@ def neurons_to_rows(
 ):
     """[rows, neurons of the row's expert] times [those neurons, D] (+ the expert's bias)."""
     m, d = _swizzle(tl.program_id(0), tiles, tl.cdiv(D, BN), GROUP)
-    n = tl.load(expert_M + m)
+    n = tl.load(expert_M + m * BM // TILE)
     if n >= 0:
         offset = tl.load(offset_N + n)
         width = tl.load(offset_N + n + 1) - offset
@@ -346,9 +346,9 @@ def decode_up(
         neuron = block * BP + tl.arange(0, BP)
         acc = tl.zeros((BT, BP), tl.float32)
         for start in range(0, D, BK):
-            k = start + tl.arange(0, BK)
-            x = tl.load(x_TD + token[:, None] * D + k[None, :], mask=(token < T)[:, None], other=0.0)
-            up = tl.load(up_PD + neuron.to(tl.int64)[:, None] * D + k[None, :])
+            col = start + tl.arange(0, BK)
+            x = tl.load(x_TD + token[:, None] * D + col[None, :], mask=(token < T)[:, None], other=0.0)
+            up = tl.load(up_PD + neuron.to(tl.int64)[:, None] * D + col[None, :])
             acc = tl.dot(x, up.T, acc, input_precision=PRECISION)
         pre = acc + tl.load(up_bias_P + neuron).to(tl.float32)[None, :]
         s, _ = _gelu_parts(pre)
@@ -362,32 +362,32 @@ def decode_down(
     slot_C,
     down_PD,
     partial_STD,
-    expert_B,
+    first_S,
+    last_S,
+    expert_S,
     T,
     D,
     P,
     C,
-    chunk,
-    PER_BLOCK: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial products hidden·down over a chunk of neurons; blocks of closed experts are skipped."""
+    """Partial products hidden·down over a run of one expert's neurons; zero where the expert is closed."""
     d, split = tl.program_id(0), tl.program_id(1)
     token, choice = tl.arange(0, BT), tl.arange(0, BC)
     col = d * BN + tl.arange(0, BN)
+    n, first, last = tl.load(expert_S + split), tl.load(first_S + split), tl.load(last_S + split)
     slot = tl.load(slot_C + choice, mask=choice < C, other=-1).to(tl.int32)
+    last = tl.where(tl.sum((slot == n).to(tl.int32)) > 0, last, first)
     acc = tl.zeros((BT, BN), tl.float32)
-    for start in range(split * chunk, tl.minimum(split * chunk + chunk, P), BK):
-        n = tl.load(expert_B + start // PER_BLOCK)
-        if tl.sum((slot == n).to(tl.int32)) > 0:
-            neuron = start + tl.arange(0, BK)
-            h = tl.load(hidden_TP + token[:, None] * P + neuron[None, :], mask=(token < T)[:, None], other=0.0)
-            down = tl.load(down_PD + neuron.to(tl.int64)[:, None] * D + col[None, :], mask=(col < D)[None, :], other=0.0)
-            acc = tl.dot(h, down, acc, input_precision=PRECISION)
+    for start in range(first, last, BK):
+        neuron = start + tl.arange(0, BK)
+        h = tl.load(hidden_TP + token[:, None] * P + neuron[None, :], mask=(token < T)[:, None], other=0.0)
+        down = tl.load(down_PD + neuron.to(tl.int64)[:, None] * D + col[None, :], mask=(col < D)[None, :], other=0.0)
+        acc = tl.dot(h, down, acc, input_precision=PRECISION)
     at = (split * T + token)[:, None] * D + col[None, :]
     tl.store(partial_STD + at, acc, mask=(token < T)[:, None] & (col < D)[None, :])
 
