@@ -274,7 +274,7 @@ class _Drawn(Router):
     learned = False
 
     def draw(self, x_TD: Tensor, tokens: Tokens, draw_TE: Tensor) -> Routing:
-        expert_TK = top_k(draw_TE, self.top_k)
+        expert_TK = top_k(draw_TE.float(), self.top_k)
         logits_TE = x_TD.new_zeros(
             x_TD.shape[0], self.num_experts, dtype=torch.promote_types(x_TD.dtype, torch.float32)
         )
