@@ -42,9 +42,13 @@ def sweep(
     search: Annotated[str | None, typer.Option(help="grid or random; default: what the space says.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Trials to draw in a random search.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Replicates of every trial.")] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Trials at once; default: one per GPU, or per CPU core.")] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Trials at once; default: one per GPU, or per CPU core.")
+    ] = None,
     address: Annotated[str, typer.Option(help="Ray: local, auto, or ray://HOST:10001.")] = "local",
-    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow; default: sqlite in OUT.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow; default: sqlite in OUT.")
+    ] = None,
 ) -> None:
     """Run a sweep and print its front."""
     from pipelines.plan import plan_sweep
@@ -61,7 +65,9 @@ def sweep(
     console = Console(highlight=False)
     console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {len(plan.trials)} trials. {plan.question}", soft_wrap=True)
     if plan.dropped:
-        console.print(f"{plan.dropped} points of the space repeat an experiment (λ where no price can act, say) and were dropped.")
+        console.print(
+            f"{plan.dropped} points of the space repeat an experiment (λ where no price can act, say) and were dropped."
+        )
     parallel = parallel or loaded.sweep.get("parallel")
     result = run_sweep(plan, out=out, parallel=parallel, address=address, tracking_uri=tracking_uri)
     written = cli_analysis.conclude_sweep(console, out, plan.sweep_id, tracking_uri)

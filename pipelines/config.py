@@ -14,7 +14,6 @@ from moe import REGULARIZERS, ROUTERS
 DENSE = "dense"
 NO_REGULARIZER = "none"
 PRICED_ROUTERS = frozenset({"energy", "opening", "piggyback"})
-PRICES = ("joules", "flops", "params", "latency", "uniform", "shuffled", "zero")
 # Keys that say where and how a trial runs, not which experiment it is.
 _NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads")
 
@@ -34,6 +33,7 @@ class TrialConfig(pydantic.BaseModel):
     n_layer: int = pydantic.Field(6, ge=1)
     n_head: int = pydantic.Field(12, ge=1)
     n_embd: int = pydantic.Field(768, ge=8)
+    dropout: float | None = pydantic.Field(None, ge=0, lt=1)
     moe_layers: tuple[int, ...] | None = None
     router: str = "topk"
     num_experts: int = pydantic.Field(8, ge=1)
@@ -93,13 +93,27 @@ class TrialConfig(pydantic.BaseModel):
         _known("regularizer", self.regularizer, (NO_REGULARIZER, *REGULARIZERS))
         factors = self.width_factors
         if self.expert_width_factors is not None and "num_experts" in self.model_fields_set:
-            _expect("expert_width_factors", f"{self.num_experts} widths (num_experts)", len(factors) == self.num_experts, len(factors))
-        _expect("expert_width_factors", "widths ≥ 0, one of them above 0", min(factors) >= 0 and max(factors) > 0, factors)
+            _expect(
+                "expert_width_factors",
+                f"{self.num_experts} widths (num_experts)",
+                len(factors) == self.num_experts,
+                len(factors),
+            )
+        _expect(
+            "expert_width_factors", "widths ≥ 0, one of them above 0", min(factors) >= 0 and max(factors) > 0, factors
+        )
         _expect("top_k", f"at most {len(factors)}, the number of experts", self.top_k <= len(factors), self.top_k)
         _expect("n_embd", f"a multiple of n_head ({self.n_head})", self.n_embd % self.n_head == 0, self.n_embd)
-        _expect("decode_batches", "batches of at least 1", all(b >= 1 for b in self.decode_batches), self.decode_batches)
+        _expect(
+            "decode_batches", "batches of at least 1", all(b >= 1 for b in self.decode_batches), self.decode_batches
+        )
         room = self.seq_len - self.decode_prompt_tokens
-        _expect("decode_new_tokens", f"at most {room} (seq_len − decode_prompt_tokens)", self.decode_new_tokens <= room, self.decode_new_tokens)
+        _expect(
+            "decode_new_tokens",
+            f"at most {room} (seq_len − decode_prompt_tokens)",
+            self.decode_new_tokens <= room,
+            self.decode_new_tokens,
+        )
         return self
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -26,12 +27,14 @@ from pipelines.config import ConfigError, TrialConfig
 
 EMBEDDED = "embedded"
 SPLITS = ("train", "validation", "test")
-EMBEDDED_VOCAB = 1024
+EMBEDDED_VOCAB = 512
 _CACHE_VERSION = "1"
 _HUB_ROWS = 1000  # rows of a hub data set that make one document: they are lines of running text
 _MANY = 20  # documents from which on whole documents are dealt to the splits
 END_OF_TEXT = "<|endoftext|>"
-OFFLINE_OPTIONS = "pass --base PATH, --tokenizer PATH and --data PATH (text, glob or Parquet), or --base random and --data embedded"
+OFFLINE_OPTIONS = (
+    "pass --base PATH, --tokenizer PATH and --data PATH (text, glob or Parquet), or --base random and --data embedded"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,9 @@ def load_corpus(config: TrialConfig) -> Corpus:
     """
     tokenizer_key = config.tokenizer or (EMBEDDED if config.data == EMBEDDED else config.base)
     if tokenizer_key == "random":
-        raise ConfigError("tokenizer: expected a hub name or a folder for data of one's own, got nothing; pass --tokenizer PATH")
+        raise ConfigError(
+            "tokenizer: expected a hub name or a folder for data of one's own, got nothing; pass --tokenizer PATH"
+        )
     tokenizer = _embedded_tokenizer() if tokenizer_key == EMBEDDED else _load_tokenizer(tokenizer_key)
     key = _digest(_CACHE_VERSION, _source_key(config.data), tokenizer.to_str(), str(config.seq_len))
     path = cache_dir() / f"corpus-{key}.npz"
@@ -152,7 +157,9 @@ def _files(data: str) -> list[str]:
     found = sorted(f for f in glob.glob(data, recursive=True) if os.path.isfile(f))
     looks_like_a_path = data.startswith((".", "/", "~")) or data.endswith((".txt", ".parquet", ".md")) or "*" in data
     if not found and (looks_like_a_path or os.path.isdir(data)):
-        raise ConfigError(f"data: expected a text file, a glob, a Parquet file or a hub data set, got {data!r}, where no file is")
+        raise ConfigError(
+            f"data: expected a text file, a glob, a Parquet file or a hub data set, got {data!r}, where no file is"
+        )
     return found
 
 
@@ -188,7 +195,8 @@ def _parquet_documents(file: str) -> list[Document]:
     columns = [name for name in ("text", "split", "domain") if name in schema.names]
     rows = pq.read_table(file, columns=columns).to_pylist()
     return [
-        Document(text=row["text"] or "", split=_split_name(row.get("split")), domain=row.get("domain") or "text") for row in rows
+        Document(text=row["text"] or "", split=_split_name(row.get("split")), domain=row.get("domain") or "text")
+        for row in rows
     ]
 
 
@@ -204,7 +212,9 @@ def _hub_documents(data: str) -> list[Document]:
     try:
         loaded = datasets.load_dataset(name, subset or None)
     except Exception as error:
-        raise ConfigError(f"data: the hub data set {data!r} cannot be had ({_first_line(error)}); {OFFLINE_OPTIONS}") from None
+        raise ConfigError(
+            f"data: the hub data set {data!r} cannot be had ({_first_line(error)}); {OFFLINE_OPTIONS}"
+        ) from None
     documents = []
     for split, rows in loaded.items():
         if "text" not in rows.column_names:
@@ -223,7 +233,6 @@ def embedded_documents() -> list[Document]:
     The same number of characters of each: every source file gives its head. Deterministic for a Python version.
     """
     import sysconfig
-
     from pydoc_data import topics
 
     english = [topics.topics[name] for name in sorted(topics.topics)]
@@ -311,7 +320,9 @@ def _dealt(documents: Sequence[Document]) -> Sequence[Document]:
     return [d if d.split is not None else dataclasses.replace(d, split=_split_of(d.text)) for d in documents]
 
 
-def _streams(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[tuple[str, str], tuple[npt.NDArray[np.int32], int]]:
+def _streams(
+    documents: Sequence[Document], tokenizer: Tokenizer
+) -> dict[tuple[str, str], tuple[npt.NDArray[np.int32], int]]:
     """Token stream and text bytes of each (split, domain), documents joined by the end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     pieces: dict[tuple[str, str], list[npt.NDArray[np.int32]]] = {}
@@ -331,8 +342,10 @@ def _cut(document: Document, stream: npt.NDArray[np.int32]) -> Iterable[tuple[st
     if document.split is not None:
         return [(document.split, stream, size)]
     edges = [0, int(len(stream) * 0.9), int(len(stream) * 0.95), len(stream)]
-    parts = [stream[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    return [(split, part, round(size * len(part) / max(1, len(stream)))) for split, part in zip(SPLITS, parts, strict=True)]
+    parts = [stream[a:b] for a, b in itertools.pairwise(edges)]
+    return [
+        (split, part, round(size * len(part) / max(1, len(stream)))) for split, part in zip(SPLITS, parts, strict=True)
+    ]
 
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int]]:

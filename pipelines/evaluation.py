@@ -6,6 +6,8 @@ Shape legend: B sequences, S tokens per sequence, T = B·S tokens, E experts, K 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,12 +15,11 @@ from typing import Any
 import torch
 
 from hwcost import EnergyMonitor, Measurement
-from moe import RoutingStats, RoutingSummary, agreement
+from moe import RoutingStats, RoutingSummary
 from pipelines.config import TrialConfig
 from pipelines.data import Corpus, TokenSplit
 from pipelines.model import Hardware
 
-_AGREEMENT_TOKENS = 65_536
 _SECONDS = {"cuda": 5.0, "cpu": 0.3}
 _WARMUP_SECONDS = {"cuda": 1.0, "cpu": 0.05}
 
@@ -30,8 +31,6 @@ class Evaluation:
     loss_nats: float
     bits_per_byte: float
     routing: RoutingSummary | None
-    agreement: float | None
-    flip_fraction: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,9 @@ class PhaseEnergy:
 def evaluate(model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware) -> Evaluation:
     """Mean next-token cross-entropy over the split, and routing metrics (none for the dense model)."""
     model.eval()
-    stats = None if config.is_dense else RoutingStats()
+    stats = None
+    if not config.is_dense:
+        stats = RoutingStats(model.config.expert_widths, domains=int(split.domain_N.max()) + 1)
     total = torch.zeros((), dtype=torch.float64, device=hardware.device)
     targets = 0
     for block_BS, domain_B in _batches(split, config.batch_size, hardware.device):
@@ -58,13 +59,10 @@ def evaluate(model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardw
         if stats is not None:
             stats.update(output.routing, domain_B.repeat_interleave(block_BS.shape[1]))
     loss_nats = float(total) / targets
-    agreed, flips = (None, None) if config.is_dense else _against_no_price(model, split, config, hardware)
     return Evaluation(
         loss_nats=loss_nats,
-        bits_per_byte=loss_nats / 0.6931471805599453 / split.bytes_per_token,
+        bits_per_byte=loss_nats / math.log(2) / split.bytes_per_token,
         routing=None if stats is None else stats.summary(),
-        agreement=agreed,
-        flip_fraction=flips,
     )
 
 
@@ -79,47 +77,6 @@ def _forward(model: Any, block_BS: torch.Tensor, hardware: Hardware, *, dense: b
         if dense:
             return model(input_ids=block_BS, labels=block_BS, use_cache=False)
         return model(input_ids=block_BS, labels=block_BS, use_cache=False, output_routing=True)
-
-
-def _against_no_price(
-    model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware
-) -> tuple[float | None, float | None]:
-    """Agreement with the same weights at λ = 0 (mean over layers, chance taken off), and the share of flipped choices."""
-    sample = split.first(_AGREEMENT_TOKENS)
-    priced = _choices(model, sample, config, hardware)
-    model.set_energy_lambda(0.0)
-    try:
-        free = _choices(model, sample, config, hardware)
-    finally:
-        model.set_energy_lambda(config.energy_lambda)
-    scores, flips = [], []
-    for (chosen_TK, kept_TK), (other_TK, other_kept_TK) in zip(priced, free, strict=True):
-        scores.append(agreement(chosen_TK, kept_TK, other_TK, other_kept_TK, num_experts=len(config.width_factors)))
-        flips.append(_flipped(chosen_TK, kept_TK, other_TK, other_kept_TK))
-    known = [score for score in scores if score is not None]
-    return (sum(known) / len(known) if known else None), sum(flips) / len(flips)
-
-
-def _flipped(a_TK: torch.Tensor, kept_a_TK: torch.Tensor, b_TK: torch.Tensor, kept_b_TK: torch.Tensor) -> float:
-    """Share of the choices of A that B does not make."""
-    shared_TKK = (a_TK[:, :, None] == b_TK[:, None, :]) & kept_a_TK[:, :, None] & kept_b_TK[:, None, :]
-    kept = int(kept_a_TK.sum())
-    return 0.0 if kept == 0 else 1.0 - int(shared_TKK.sum()) / kept
-
-
-@torch.no_grad()
-def _choices(
-    model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Selected experts and their kept flags, per layer, over a split."""
-    model.eval()
-    layers: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-    for block_BS, _ in _batches(split, config.batch_size, hardware.device):
-        routings = _forward(model, block_BS, hardware, dense=False).routing
-        layers = layers or [[] for _ in routings]
-        for layer, routing in zip(layers, routings, strict=True):
-            layer.append((routing.expert_TK, routing.kept_TK))
-    return [(torch.cat([a for a, _ in layer]), torch.cat([b for _, b in layer])) for layer in layers]
 
 
 def measure_prefill(
@@ -169,7 +126,9 @@ def _repeat(
         repeats = _for_seconds(once, config.measure_seconds or _SECONDS[device], hardware)
     energy = window.measurement.energy_j
     done = tokens * repeats
-    return PhaseEnergy(j_per_token=None if energy is None else energy / done, tokens=done, measurement=window.measurement)
+    return PhaseEnergy(
+        j_per_token=None if energy is None else energy / done, tokens=done, measurement=window.measurement
+    )
 
 
 def _for_seconds(once: Callable[[], None], seconds: float, hardware: Hardware) -> int:
@@ -184,7 +143,7 @@ def _for_seconds(once: Callable[[], None], seconds: float, hardware: Hardware) -
 
 def converged_at(losses: Sequence[float | None]) -> int | None:
     """First epoch (1-based) after which validation loss improves by less than 0.5 %, None if not yet."""
-    for epoch, (now, then) in enumerate(zip(losses, losses[1:], strict=False), start=1):
+    for epoch, (now, then) in enumerate(itertools.pairwise(losses), start=1):
         if now is not None and then is not None and now - then < 0.005 * now:
             return epoch
     return None

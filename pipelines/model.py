@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from hwcost import CostModel
+from hwcost.ops import ModelShape
 from moe import MoEGPT2Config, upcycle
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
 from pipelines.data import OFFLINE_OPTIONS, Corpus
@@ -67,21 +68,29 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
             bos_token_id=corpus.end_id,
             eos_token_id=corpus.end_id,
             loss_type="ForCausalLM",
+            **_dropouts(config),
         )
         return transformers.GPT2LMHeadModel(shape)
     try:
-        dense = transformers.GPT2LMHeadModel.from_pretrained(config.base, dtype=torch.float32)
+        dense = transformers.GPT2LMHeadModel.from_pretrained(config.base, dtype=torch.float32, **_dropouts(config))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         if os.path.isdir(config.base):
             raise ConfigError(f"base: expected a GPT-2 checkpoint in {config.base}, got {reason}") from None
         raise ConfigError(f"base: {config.base!r} cannot be had ({reason}); {OFFLINE_OPTIONS}") from None
     dense.config.loss_type = "ForCausalLM"
-    if config.seq_len > dense.config.n_positions:
-        raise ConfigError(f"seq_len: expected at most {dense.config.n_positions}, the positions of {config.base}, got {config.seq_len}")
-    if corpus.vocab_size > dense.config.vocab_size:
-        raise ConfigError(f"tokenizer: expected at most {dense.config.vocab_size} tokens, the vocabulary of {config.base}, got {corpus.vocab_size}")
+    positions, vocabulary = dense.config.n_positions, dense.config.vocab_size
+    if config.seq_len > positions:
+        raise ConfigError(f"seq_len: expected at most {positions}, as {config.base} has positions, got {config.seq_len}")
+    if corpus.vocab_size > vocabulary:
+        raise ConfigError(f"tokenizer: expected at most {vocabulary} tokens, as {config.base} has, got {corpus.vocab_size}")
     return dense
+
+
+def _dropouts(config: TrialConfig) -> dict[str, float]:
+    """Dropout in GPT-2's three places; None keeps what the base has."""
+    names = () if config.dropout is None else ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    return {name: float(config.dropout or 0.0) for name in names}
 
 
 def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tuple[Any, Prices | None]:
@@ -126,10 +135,36 @@ def expert_width(factor: float, inner: int) -> int:
     return 0 if factor == 0 else max(8, round(factor * inner / 8) * 8)
 
 
-def _set_prices(model: Any, config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> Prices:
+def modelled_step_j(
+    config: TrialConfig, model: Any, hardware: Hardware, mean_selected_width: float | None
+) -> float | None:
+    """Joules of one training step as the cost model of this GPU predicts them; None on a CPU."""
+    if hardware.gpu_name is None:
+        return None
+    widths = () if config.is_dense else tuple(model.config.expert_widths)
+    top_k = config.top_k
+    if mean_selected_width is not None and widths:  # what was routed, not what could have been
+        widths = (round(mean_selected_width / top_k),) * len(widths)
+    shape = ModelShape(
+        d_model=model.config.n_embd,
+        num_layers=model.config.n_layer,
+        num_heads=model.config.n_head,
+        vocab_size=model.config.vocab_size,
+        expert_widths=widths,
+        top_k=top_k,
+        moe_layers=None if config.moe_layers is None else len(config.moe_layers),
+        dtype="fp32" if hardware.dtype == "fp32" else "bf16",
+    )
     cost_model = CostModel.for_device(hardware.gpu_name, hardware.power_limit_w)
+    cost = cost_model.get_cost(
+        "train_step", batch_size=config.batch_size, seq_len=config.seq_len, shape=shape, extrapolate=True
+    )
+    return cost.energy_j
+
+
+def _set_prices(model: Any, config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> Prices:
     prices = expert_prices(
-        cost_model,
+        CostModel.for_device(hardware.gpu_name, hardware.power_limit_w),
         kind=config.price,
         d_model=moe_config.n_embd,
         widths=tuple(moe_config.expert_widths),

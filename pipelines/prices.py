@@ -6,7 +6,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
-from hwcost import CostModel
+from hwcost import CostModel, ExpertPrices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,49 +42,59 @@ def expert_prices(
 
     Every kind is scaled so that an expert of the dense FFN's width (4·d_model) costs 1.
     """
-    joules = cost_model.expert_price(
+    table = cost_model.expert_price(
         d_model=d_model, widths=list(widths), top_k=top_k, tokens=tokens, dtype=dtype, phase=phase
     )
-    base = Prices(
-        join=tuple(joules.join), open=tuple(joules.open), c_ref_j=joules.c_ref_j, profile=str(joules.profile)
-    )
-    return PRICE_KINDS[kind](base, tuple(width / (4 * d_model) for width in widths), seed)
+    relative = tuple(width / (4 * d_model) for width in widths)
+    join, opening = PRICE_KINDS[kind](table, relative, seed)
+    return Prices(join=join, open=opening, c_ref_j=table.c_ref_j, profile=table.profile)
 
 
-def _as_measured(prices: Prices, relative: tuple[float, ...], seed: int) -> Prices:
-    return prices
+Values = tuple[float, ...]
 
 
-def _by_width(prices: Prices, relative: tuple[float, ...], seed: int) -> Prices:
-    return dataclasses.replace(prices, join=relative, open=relative)
+def _joules(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
+    return table.join, table.open
 
 
-def _uniform(prices: Prices, relative: tuple[float, ...], seed: int) -> Prices:
+def _by_width(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
+    return relative, relative
+
+
+def _latency(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
+    """Seconds instead of joules, in units of the seconds of an expert of the dense width."""
+    widest = max(range(len(relative)), key=lambda e: relative[e])
+    c_ref_s = table.join_s[widest] / relative[widest]
+    return tuple(s / c_ref_s for s in table.join_s), tuple(s / c_ref_s for s in table.open_s)
+
+
+def _uniform(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
     ones = (1.0,) * len(relative)
-    return dataclasses.replace(prices, join=ones, open=ones)
+    return ones, ones
 
 
-def _zero(prices: Prices, relative: tuple[float, ...], seed: int) -> Prices:
+def _zero(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
     zeros = (0.0,) * len(relative)
-    return dataclasses.replace(prices, join=zeros, open=zeros)
+    return zeros, zeros
 
 
-def _shuffled(prices: Prices, relative: tuple[float, ...], seed: int) -> Prices:
+def _shuffled(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
     """The joule prices, dealt to other experts: the same spread of prices without their meaning."""
     order = list(range(len(relative)))
     generator = random.Random(f"shuffled prices {seed}")
     while True:
         generator.shuffle(order)
-        join = tuple(prices.join[i] for i in order)
-        if join != prices.join or len(set(prices.join)) == 1:
-            return dataclasses.replace(prices, join=join, open=tuple(prices.open[i] for i in order))
+        join = tuple(table.join[e] for e in order)
+        if join != table.join or len(set(table.join)) == 1:
+            return join, tuple(table.open[e] for e in order)
 
 
 # FLOPs and parameters of an expert are both proportional to its width.
-PRICE_KINDS: dict[str, Callable[[Prices, tuple[float, ...], int], Prices]] = {
-    "joules": _as_measured,
+PRICE_KINDS: dict[str, Callable[[ExpertPrices, Values, int], tuple[Values, Values]]] = {
+    "joules": _joules,
     "flops": _by_width,
     "params": _by_width,
+    "latency": _latency,
     "uniform": _uniform,
     "shuffled": _shuffled,
     "zero": _zero,

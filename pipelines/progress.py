@@ -62,7 +62,8 @@ class Progress:
         loss = f"loss {record.eval_loss_nats:.4f}" if record.eval_loss_nats is not None else "loss —"
         spent = joules(record.train_energy_j or 0.0, record.energy_source)
         self._line(
-            record.trial_id, f"{describe(trial):<44} epoch {record.epoch}/{trial.epochs}  {loss}  {spent:>22}  {self._left()}"
+            record.trial_id,
+            f"{describe(trial):<44} epoch {record.epoch}/{trial.epochs}  {loss}  {spent:>22}  {self._left()}",
         )
 
     def finished(self, record: TrialRecord) -> None:
@@ -71,11 +72,13 @@ class Progress:
         trial = self.trials[record.trial_id]
         self.done[record.trial_id] = trial.epochs + 1
         if record.state == "FAILED":
-            self._line(record.trial_id, f"[red]FAILED[/red] {escape(record.error or str())}")
+            self._line(record.trial_id, f"[red]FAILED[/red] {escape(record.error or '')}")
             return
         spent = joules(record.train_energy_j, record.energy_source)
         loss = f"{record.eval_loss_nats:.4f}" if record.eval_loss_nats is not None else "—"
-        self._line(record.trial_id, f"[green]{record.state.lower()}[/green]  loss {loss}  {spent} to train  {self._left()}")
+        self._line(
+            record.trial_id, f"[green]{record.state.lower()}[/green]  loss {loss}  {spent} to train  {self._left()}"
+        )
 
     def _left(self) -> str:
         share = sum(self.done.values()) / self.total

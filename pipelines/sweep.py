@@ -117,7 +117,9 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         """Say that a trial began."""
         self.progress.started(trial.config["trial"]["trial_id"])
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """Show and mirror an epoch, or the whole trial."""
         if "trial_row" in result:
             self._finished(TrialRecord(**result["trial_row"]))
@@ -205,7 +207,9 @@ def _connect(address: str) -> bool:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"address: expected a Ray cluster at {address!r}, got {str(error).splitlines()[0]}") from None
+            raise ConfigError(
+                f"address: expected a Ray cluster at {address!r}, got {str(error).splitlines()[0]}"
+            ) from None
     return True
 
 

@@ -20,7 +20,7 @@ _FINITE_CHECK_STEPS = 50
 _BETAS = (0.9, 0.95)
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLossError(ArithmeticError):
     """Training left the numbers: the trial fails with this reason."""
 
 
@@ -83,7 +83,7 @@ class Trainer:
         self.step = 0
 
     def warm_up(self) -> None:
-        """Compile and touch every kernel with a real batch, leaving parameters, buffers and random state as they were."""
+        """Compile and run a few real batches; parameters, buffers and random state stay as they were."""
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         random_state = torch.get_rng_state()
         cuda_state = torch.cuda.get_rng_state() if self.hardware.device.type == "cuda" else None
@@ -100,7 +100,7 @@ class Trainer:
         """One pass over the training split.
 
         Raises:
-            NonFiniteLoss: the loss is NaN or infinite.
+            NonFiniteLossError: the loss is NaN or infinite.
         """
         self.model.train()
         totals = torch.zeros(2, device=self.hardware.device)
@@ -116,7 +116,9 @@ class Trainer:
         per_block = self.split.blocks_NS.shape[1] - 1
         has_aux = not self.config.is_dense
         tokens = steps * min(self.config.batch_size, len(self.split.blocks_NS)) * per_block
-        return EpochSums(loss_nats=lm, aux_loss=aux if has_aux else None, tokens=tokens, steps=steps, learning_rate=rate)
+        return EpochSums(
+            loss_nats=lm, aux_loss=aux if has_aux else None, tokens=tokens, steps=steps, learning_rate=rate
+        )
 
     def _step(self, block_BS: torch.Tensor, rate: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
@@ -141,7 +143,9 @@ class Trainer:
 
     def _assert_finite(self, totals: torch.Tensor, epoch: int) -> None:
         if not bool(torch.isfinite(totals).all()):
-            raise NonFiniteLoss(f"the training loss is not finite in epoch {epoch} (step {self.step}); lower learning_rate or grad_clip")
+            raise NonFiniteLossError(
+                f"the training loss is not finite in epoch {epoch} (step {self.step}); lower learning_rate or grad_clip"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state and position in the schedule."""

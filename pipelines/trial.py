@@ -29,12 +29,17 @@ from pipelines.evaluation import (
     measure_prefill,
 )
 from pipelines.ledger import EVAL, SETUP, TRAIN, Ledger
-from pipelines.model import Hardware, build_model
+from pipelines.model import Hardware, build_model, modelled_step_j
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
 from pipelines.training import EpochSums, Trainer
 
-DECODE_COLUMNS = {1: "decode_j_per_token_b1", 8: "decode_j_per_token_b8", 32: "decode_j_per_token_b32", 128: "decode_j_per_token_b128"}
+DECODE_COLUMNS = {
+    1: "decode_j_per_token_b1",
+    8: "decode_j_per_token_b8",
+    32: "decode_j_per_token_b32",
+    128: "decode_j_per_token_b128",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ class Trial:
         return self.epoch >= self.config.epochs
 
     def advance(self) -> EpochRecord | TrialRecord:
-        """The next stretch of work: begin, one epoch, or the end. An error ends the trial as FAILED, here and only here."""
+        """The next stretch: begin, one epoch, or the end. An error ends the trial as FAILED, here and only here."""
         try:
             if not self.epochs:
                 return self.begin()
@@ -192,7 +197,7 @@ class Trial:
             "tokens_trained": last.tokens_trained,
             "corpus_fingerprint": self.corpus.fingerprint,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "modelled_train_energy_j": None,
+            "modelled_train_energy_j": self._modelled_j(evaluation) if self.epoch else None,
             **routing_columns(evaluation),
             **self._measured,
         }
@@ -207,6 +212,11 @@ class Trial:
                 "price_profile": self.prices.profile,
             }
         return columns
+
+    def _modelled_j(self, evaluation: Evaluation) -> float | None:
+        width = evaluation.routing.mean_selected_width if evaluation.routing else None
+        step_j = modelled_step_j(self.config, self.model, self.hardware, width)
+        return None if step_j is None else step_j * self.trainer.step
 
     def _epoch_record(self, sums: EpochSums | None, evaluation: Evaluation) -> EpochRecord:
         before = self.epochs[-1].tokens_trained if self.epochs else 0
@@ -263,8 +273,8 @@ def routing_columns(evaluation: Evaluation) -> dict[str, Any]:
         "load_cv": evaluation.routing.load_cv,
         "dropped_fraction": evaluation.routing.dropped_fraction,
         "logit_std": evaluation.routing.logit_std,
-        "routing_agreement": evaluation.agreement,
-        "price_flip_fraction": evaluation.flip_fraction,
+        "routing_agreement": evaluation.routing.unpriced_agreement,
+        "price_flip_fraction": evaluation.routing.price_flip_fraction,
     }
 
 

@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("tune_spaces", "hwcost", "pipelines")
+DATA = (".yaml", ".json", ".html", ".j2", ".css", ".js")
 
 
 @pytest.mark.slow
@@ -25,13 +27,15 @@ def test_the_wheel_carries_spaces_profiles_and_templates(tmp_path: Path) -> None
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, timeout=120)
     look = (
-        "import importlib.util, pathlib, sys;"
-        "root = lambda name: pathlib.Path(importlib.util.find_spec(name).submodule_search_locations[0]);"
-        "print(*[p.name for n in ('tune_spaces', 'hwcost', 'pipelines') for p in root(n).rglob('*') if p.suffix in ('.yaml', '.json', '.html', '.j2', '.css', '.js')])"
+        "import importlib.util, pathlib\n"
+        f"for name in {FOLDERS}:\n"
+        "    root = pathlib.Path(importlib.util.find_spec(name).submodule_search_locations[0])\n"
+        f"    print(*[p.name for p in root.rglob('*') if p.suffix in {DATA}])"
     )
-    found = subprocess.run([python, "-c", look], check=True, capture_output=True, text=True, cwd=tmp_path).stdout.split()
-    sources = [p for folder in ("tune_spaces", "hwcost", "pipelines") for p in (ROOT / folder).rglob("*")]
-    expected = {p.name for p in sources if p.suffix in (".yaml", ".json", ".html", ".j2", ".css", ".js")}
+    found = subprocess.run(
+        [python, "-c", look], check=True, capture_output=True, text=True, cwd=tmp_path
+    ).stdout.split()
+    expected = {p.name for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in DATA}
     assert {"quickstart.yaml", "distilgpt2.yaml"} <= expected
     assert set(found) == expected
 

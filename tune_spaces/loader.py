@@ -182,7 +182,9 @@ def _space(name: str, document: Mapping[str, Any]) -> Space:
 def _domain(key: str, value: Mapping[str, Any]) -> tuple[Domain, Conditions]:
     kinds = [kind for kind in value if kind != "when"]
     if len(kinds) != 1 or kinds[0] not in KINDS:
-        raise SpaceError(f"{key}: expected one of {', '.join(KINDS)} (and 'when'), got {', '.join(map(str, kinds)) or 'nothing'}")
+        raise SpaceError(
+            f"{key}: expected one of {', '.join(KINDS)} (and 'when'), got {', '.join(map(str, kinds)) or 'nothing'}"
+        )
     kind, arguments = kinds[0], value[kinds[0]]
     domain: Domain
     if kind in _LISTS:

@@ -103,7 +103,9 @@ def test_the_hub_out_of_reach_names_the_options(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    space = space_file(tmp_path, tiny | {"base": "nobody/nothing", "tokenizer": "nobody/nothing", "data": "nobody/nothing"})
+    space = space_file(
+        tmp_path, tiny | {"base": "nobody/nothing", "tokenizer": "nobody/nothing", "data": "nobody/nothing"}
+    )
     assert joulemoe(monkeypatch, "sweep", space, "--out", str(tmp_path / "out")) == 2
     error = capsys.readouterr().err
     for option in ("--base PATH", "--tokenizer PATH", "--data PATH"):

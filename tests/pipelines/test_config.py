@@ -24,7 +24,11 @@ from pipelines.config import ConfigError, TrialConfig
         ("expert_width_factors", [0.0, 0.0], "expert_width_factors: expected widths ≥ 0, one of them above 0"),
         ("n_embd", 33, "n_embd: expected a multiple of n_head (2), got 33"),
         ("temperature", 0, "temperature: expected greater than 0, got 0"),
-        ("decode_new_tokens", 1000, "decode_new_tokens: expected at most 56 (seq_len − decode_prompt_tokens), got 1000"),
+        (
+            "decode_new_tokens",
+            1000,
+            "decode_new_tokens: expected at most 56 (seq_len − decode_prompt_tokens), got 1000",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(tiny: dict[str, Any], key: str, value: Any, said: str) -> None:

@@ -49,8 +49,8 @@ def head(tmp_path: Path) -> Iterator[str]:
     """A real Ray head with its dashboard on this machine."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    start = [*ray, "start", "--head", "--port=16379", f"--dashboard-port={PORT}", "--num-cpus=2", "--num-gpus=0",
-             "--dashboard-host=127.0.0.1", "--disable-usage-stats", f"--temp-dir=/tmp/joulemoe-{os.getpid()}"]  # fmt: skip
+    options = f"--head --port=16379 --dashboard-port={PORT} --dashboard-host=127.0.0.1 --num-cpus=2 --num-gpus=0"
+    start = [*ray, "start", *options.split(), "--disable-usage-stats", f"--temp-dir=/tmp/joulemoe-{os.getpid()}"]
     subprocess.run(start, env=environment, check=True, capture_output=True, timeout=120)
     try:
         yield f"http://127.0.0.1:{PORT}"
@@ -74,7 +74,9 @@ def test_a_submitted_sweep_runs_on_the_cluster(
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_returns_its_exit_code(tiny: dict[str, Any], tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_fails_returns_its_exit_code(
+    tiny: dict[str, Any], tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     space = tmp_path / "s.yaml"
     space.write_text(yaml.safe_dump({"question": "?", "trial": tiny | {"top_k": 99}}))

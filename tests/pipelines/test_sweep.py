@@ -11,7 +11,7 @@ import ray
 
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.plan import plan_sweep
-from pipelines.records import EpochRecord, PowerRecord, Store, TrialRecord
+from pipelines.records import EpochRecord, PowerRecord, Store
 from pipelines.sweep import lost_trial, run_sweep
 from pipelines.trial import TrialKey
 from tune_spaces import Grid, Space
@@ -34,7 +34,7 @@ def test_every_trial_has_its_row(swept: Any) -> None:
     assert sorted(record.state for record in result.records) == ["COMPLETED", "COMPLETED", "FAILED"]
     assert result.completed == 2
     (failed,) = (record for record in result.records if record.state == "FAILED")
-    assert failed.error.startswith("NonFiniteLoss: the training loss is not finite")
+    assert failed.error.startswith("NonFiniteLossError: the training loss is not finite")
     epochs = Store(out).read(EpochRecord, result.sweep_id).to_pylist()
     for record in result.records:
         count = sum(row["trial_id"] == record.trial_id for row in epochs)
