@@ -221,7 +221,7 @@ def serve_zeus() -> None:
     import types
 
     try:
-        import sklearn.metrics  # noqa: F401
+        import sklearn.metrics
     except ImportError:  # zeus needs scikit-learn for one trapezoid, of its power monitor only
         sklearn: Any = types.ModuleType("sklearn")
         metrics: Any = types.ModuleType("sklearn.metrics")
@@ -229,7 +229,7 @@ def serve_zeus() -> None:
         sklearn.metrics = metrics
         sys.modules["sklearn"], sys.modules["sklearn.metrics"] = sklearn, metrics
     try:
-        import httpx  # noqa: F401
+        import httpx
     except ImportError:  # used only to talk to zeus's daemon
         httpx: Any = types.ModuleType("httpx")
         httpx.Client = httpx.HTTPTransport = httpx.Timeout = object

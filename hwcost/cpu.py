@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 
-from hwcost.readers import DeviceInfo, FieldUnavailable, ProcessUse
+from hwcost.readers import DeviceInfo, FieldUnavailableError, ProcessUse
 
 WATTS_PER_CORE = 6.0
 """Watts of one busy core unless `JOULEMOE_WATTS_PER_CORE` says otherwise: thermal design power over cores of current
@@ -36,28 +36,28 @@ class UnreadableFields:
     """The fields that only a GPU has."""
 
     def power_w(self) -> float:
-        raise FieldUnavailable("no power sensor")
+        raise FieldUnavailableError("no power sensor")
 
     def power_ring(self, since_us: int) -> Sequence[tuple[int, float]]:
-        raise FieldUnavailable("no power samples")
+        raise FieldUnavailableError("no power samples")
 
     def temperature_c(self) -> float:
-        raise FieldUnavailable("no temperature sensor")
+        raise FieldUnavailableError("no temperature sensor")
 
     def memory_used_bytes(self) -> int:
-        raise FieldUnavailable("no device memory")
+        raise FieldUnavailableError("no device memory")
 
     def utilization(self) -> tuple[float, float]:
-        raise FieldUnavailable("no utilisation")
+        raise FieldUnavailableError("no utilisation")
 
     def sm_clock_mhz(self) -> float:
-        raise FieldUnavailable("no clock")
+        raise FieldUnavailableError("no clock")
 
     def throttle_reasons(self) -> int:
-        raise FieldUnavailable("no throttle reasons")
+        raise FieldUnavailableError("no throttle reasons")
 
     def processes(self) -> Sequence[ProcessUse]:
-        raise FieldUnavailable("no process list")
+        raise FieldUnavailableError("no process list")
 
 
 class CpuTimeReader(UnreadableFields):
@@ -65,7 +65,6 @@ class CpuTimeReader(UnreadableFields):
 
     source = "modelled"
     stepped = False
-    wrap_j: float | None = None
 
     def __init__(self, watts: float | None = None) -> None:
         self.watts_per_core = watts_per_core() if watts is None else watts

@@ -1,9 +1,9 @@
 """Joules as a function of time, from power samples and from an energy counter that moves in steps.
 
-A counter that steps every 100 ms says what was used up to its last step and nothing of the part of a period at the edges of a
-window: over a one-second window that is up to 10 %. Here the counter gives the *knots* (time of a step, joules up to it), and
-between two knots power samples give the shape, scaled so that it sums to the counter's difference. The result is one function
-E(t): windows that touch sum to the whole whatever their edges are.
+A counter that steps every 100 ms says what was used up to its last step and nothing of the part of a period at the edges of
+a window: over a one-second window that is up to 10 %. Here the counter gives the *knots* (time of a step, joules up to it),
+and between two knots power samples give the shape, scaled so that it sums to the counter's difference. The result is one
+function E(t): windows that touch sum to the whole whatever their edges are.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ KEEP = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reading:
-    """Cumulative joules at one instant, their standard uncertainty, and the seconds known up to then."""
+    """Cumulative joules at one instant, their standard uncertainty, the seconds known up to then, and those of them for which
+    power had to stand in for the counter."""
 
     energy_j: float
     sigma_j: float
     covered_s: float
+    bridged_s: float = 0.0
 
 
 class PowerIntegral:
@@ -84,9 +86,14 @@ class PowerIntegral:
             return None
         return last.energy_j - first.energy_j
 
-    def spans(self, start_s: float, end_s: float) -> bool:
-        """Whether real samples, not held ones, lie on both sides of the span."""
-        return bool(self.times) and self.times[0] <= start_s and self.times[-1] >= end_s
+    def fraction(self, start_s: float, time_s: float, end_s: float) -> float | None:
+        """Share of a span's joules that falls before `time_s`; None unless real samples lie around the span."""
+        if not self.times or self.times[0] > start_s or self.times[-1] < end_s:
+            return None
+        part, whole = self.between(start_s, time_s), self.between(start_s, end_s)
+        if part is None or whole is None or whole <= 0:
+            return None
+        return min(max(part / whole, 0.0), 1.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,19 +104,19 @@ class Knot:
     energy_j: float
     sigma_s: float
     covered_s: float
+    bridged_s: float
 
 
 class CounterCurve:
     """E(t) through the steps of an energy counter.
 
-    Differences that cannot be true (backwards, or more than the power limit allows) are replaced by the integral of power over
-    the same time, or left uncovered where there is none; the curve never falls.
+    Differences that cannot be true (backwards, or more than the power limit allows) are replaced by the integral of power
+    over the same time, or left uncovered where there is none; the curve never falls.
     """
 
-    def __init__(self, *, limit_w: float | None = None, wrap_j: float | None = None, slack_s: float = 0.1) -> None:
+    def __init__(self, *, limit_w: float | None = None) -> None:
         self.limit_w = limit_w
-        self.wrap_j = wrap_j
-        self.slack_s = slack_s
+        self.slack_s = 0.1
         self.knots: list[Knot] = []
         self._times: list[float] = []
         self._raw_j: float | None = None
@@ -120,64 +127,62 @@ class CounterCurve:
             return None
         previous, self._raw_j = self._raw_j, raw_j
         if previous is None:
-            self._append(time_s, 0.0 if not self.knots else integral_j, sigma_s)
+            self._append(time_s, integral_j, sigma_s, bridged=bool(self.knots))
             return None
-        difference, flag = self._believe(raw_j - previous, time_s - self.knots[-1].time_s)
-        self._append(time_s, integral_j if flag else difference, sigma_s)
+        flag = self._doubt(raw_j - previous, time_s - self.knots[-1].time_s)
+        self._append(time_s, integral_j if flag else raw_j - previous, sigma_s, bridged=flag is not None)
         return flag
 
     def bridge(self, time_s: float, integral_j: float | None) -> None:
-        """Go on without the counter: the next counter value starts a new segment."""
+        """Go on without the counter: its next value starts a new segment."""
         if self.knots and time_s > self.knots[-1].time_s:
             self._raw_j = None
-            self._append(time_s, integral_j, 0.0)
+            self._append(time_s, integral_j, 0.0, bridged=True)
 
-    def _believe(self, difference: float, span_s: float) -> tuple[float, str | None]:
-        if difference < 0 and self.wrap_j is not None:
-            difference += self.wrap_j
+    def _doubt(self, difference: float, span_s: float) -> str | None:
         if difference < 0:
-            return 0.0, "counter_reset"
+            return "counter_reset"
         if self.limit_w and difference > JUMP_FACTOR * self.limit_w * (span_s + self.slack_s):
-            return 0.0, "counter_jump"
-        return difference, None
+            return "counter_jump"
+        return None
 
-    def _append(self, time_s: float, difference_j: float | None, sigma_s: float) -> None:
-        last = self.knots[-1] if self.knots else Knot(time_s, 0.0, 0.0, 0.0)
-        covered = last.covered_s + (time_s - last.time_s if difference_j is not None else 0.0)
-        self.knots.append(Knot(time_s, last.energy_j + max(difference_j or 0.0, 0.0), sigma_s, covered))
+    def _append(self, time_s: float, difference_j: float | None, sigma_s: float, *, bridged: bool) -> None:
+        last = self.knots[-1] if self.knots else Knot(time_s, 0.0, 0.0, 0.0, 0.0)
+        known_s = time_s - last.time_s if difference_j is not None else 0.0
+        energy = last.energy_j + max(difference_j or 0.0, 0.0)
+        knot = Knot(time_s, energy, sigma_s, last.covered_s + known_s, last.bridged_s + (known_s if bridged else 0.0))
+        self.knots.append(knot)
         self._times.append(time_s)
         if len(self.knots) > KEEP:
             del self.knots[: KEEP // 2], self._times[: KEEP // 2]
 
     def at(self, time_s: float, shape: PowerIntegral | None = None) -> Reading | None:
-        """Cumulative joules at `time_s`, interpolated between knots with the shape of `shape`; None before there is a knot."""
+        """Cumulative joules at `time_s`, between knots with the shape of `shape`; None while there is no knot."""
         if not self.knots:
             return None
         i = bisect.bisect_right(self._times, time_s) - 1
-        if i < 0:
-            return self._beyond(self.knots[0], time_s, shape)
-        if i + 1 == len(self.knots):
-            return self._beyond(self.knots[i], time_s, shape)
-        return self._inside(self.knots[i], self.knots[i + 1], time_s, shape)
+        if 0 <= i < len(self.knots) - 1:
+            return self._inside(self.knots[i], self.knots[i + 1], time_s, shape)
+        return self._beyond(self.knots[max(i, 0)], time_s, shape)
 
-    def _inside(self, a: Knot, b: Knot, time_s: float, shape: PowerIntegral | None) -> Reading:
-        span, total = b.time_s - a.time_s, b.energy_j - a.energy_j
-        linear = (time_s - a.time_s) / span
-        fraction, sigma = linear, total * math.sqrt(linear * (1 - linear)) / 4
-        part = shape.between(a.time_s, time_s) if shape is not None and shape.spans(a.time_s, b.time_s) else None
-        whole = shape.between(a.time_s, b.time_s) if shape is not None and part is not None else None
-        if part is not None and whole is not None and whole > 0:
-            fraction = min(max(part / whole, 0.0), 1.0)
-            sigma = abs(fraction - linear) * total / 4
+    @staticmethod
+    def _inside(a: Knot, b: Knot, time_s: float, shape: PowerIntegral | None) -> Reading:
+        span, total, past = b.time_s - a.time_s, b.energy_j - a.energy_j, time_s - a.time_s
+        fraction, sigma = past / span, total * math.sqrt(past / span * (1 - past / span)) / 4
+        shaped = shape.fraction(a.time_s, time_s, b.time_s) if shape is not None else None
+        if shaped is not None:
+            fraction, sigma = shaped, abs(shaped - fraction) * total / 4
         sigma = math.hypot(sigma, total / span * max(a.sigma_s, b.sigma_s))
-        known = b.covered_s - a.covered_s > 0.5 * span
-        return Reading(a.energy_j + fraction * total, sigma, a.covered_s + (time_s - a.time_s if known else 0.0))
+        covered_s = past * (b.covered_s - a.covered_s) / span
+        bridged_s = past * (b.bridged_s - a.bridged_s) / span
+        return Reading(a.energy_j + fraction * total, sigma, a.covered_s + covered_s, a.bridged_s + bridged_s)
 
-    def _beyond(self, knot: Knot, time_s: float, shape: PowerIntegral | None) -> Reading:
+    @staticmethod
+    def _beyond(knot: Knot, time_s: float, shape: PowerIntegral | None) -> Reading:
         """Before the first knot or after the last: power alone (signed), with an uncertainty to match."""
         low, high = sorted((knot.time_s, time_s))
         part = shape.between(low, high) if shape is not None else None
-        sign = 1.0 if time_s >= knot.time_s else -1.0
         if part is None:
-            return Reading(knot.energy_j, 0.0, knot.covered_s)
-        return Reading(knot.energy_j + sign * part, 0.1 * part, knot.covered_s + sign * (high - low))
+            return Reading(knot.energy_j, 0.0, knot.covered_s, knot.bridged_s)
+        sign = 1.0 if time_s >= knot.time_s else -1.0
+        return Reading(knot.energy_j + sign * part, 0.1 * part, knot.covered_s + sign * (high - low), knot.bridged_s)

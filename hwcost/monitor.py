@@ -15,8 +15,17 @@ from hwcost.devices import assigned, gpu_host
 from hwcost.history import GpuSystemMonitor
 from hwcost.nvml import Nvml
 from hwcost.rapl import RaplReader
-from hwcost.readers import Clock, DeviceInfo, DeviceReader, PowerBaseline, ReadError, SourceUnavailable, SystemClock
-from hwcost.sampler import DeviceSampler, synchronize
+from hwcost.readers import (
+    Clock,
+    DeviceInfo,
+    DeviceReader,
+    PowerBaseline,
+    ReadError,
+    SourceUnavailableError,
+    SystemClock,
+)
+from hwcost.processes import synchronize
+from hwcost.sampler import DeviceSampler
 from hwcost.windows import Measurement, Span, combine
 
 PERIOD_S = 0.1
@@ -231,7 +240,7 @@ class EnergyMonitor:
         for sampler, span in zip(self.samplers, window.spans, strict=False):
             if self._closed or self._forked():
                 break
-            if sampler._thread is None:
+            if sampler.thread is None:
                 while not span.settled.is_set():
                     sampler.tick()
             elif not span.settled.wait(max(deadline - time.monotonic(), 0.0)):
@@ -253,9 +262,7 @@ class EnergyMonitor:
         assert window.end_s is not None
         duration = window.end_s - window.start_s
         parts = [
-            span.measurement(
-                window.name, sampler.reader.info, self._baseline_of(sampler.reader.info), sampler.min_window_s
-            )
+            span.measurement(window.name, sampler.reader, self._baseline_of(sampler.reader.info), sampler.min_window_s)
             for sampler, span in zip(self.samplers, window.spans, strict=False)
         ]
         if self.shared_share:
@@ -312,7 +319,7 @@ def _find(
             readers, shared = _find_gpus(wanted, flags)
             if readers:
                 return readers, flags, shared
-        except (SourceUnavailable, ReadError) as error:
+        except (SourceUnavailableError, ReadError) as error:
             flags.append(f"nvml_unavailable:{error}")
         if gpu_host() and (wanted is not None or flags):
             return [], flags, None  # a GPU does the work and cannot be measured: the CPU's joules would mislead
@@ -342,6 +349,6 @@ def _cpu_reader(cpu_parallel: int, flags: list[str]) -> DeviceReader:
     if cpu_parallel == 1:
         try:
             return RaplReader()
-        except (SourceUnavailable, ReadError):
+        except (SourceUnavailableError, ReadError):
             pass
     return CpuTimeReader()

@@ -12,7 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hwcost.readers import DeviceInfo, DeviceLost, FieldUnavailable, ProcessUse, ReadError, SourceUnavailable
+from hwcost.readers import (
+    DeviceInfo,
+    DeviceLostError,
+    FieldUnavailableError,
+    ProcessUse,
+    ReadError,
+    SourceUnavailableError,
+)
 
 POWER_INSTANT_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 TOTAL_POWER_SAMPLES = 0  # NVML_TOTAL_POWER_SAMPLES
@@ -41,7 +48,7 @@ def _load() -> types.ModuleType:
             warnings.simplefilter("ignore")  # the deprecated distribution warns on import
             return importlib.import_module("pynvml")
     except Exception as error:  # an import hook or a broken namesake may raise anything
-        raise SourceUnavailable(f"pynvml cannot be imported ({type(error).__name__}: {error})") from error
+        raise SourceUnavailableError(f"pynvml cannot be imported ({type(error).__name__}: {error})") from error
 
 
 def _text(value: object) -> str:
@@ -61,7 +68,7 @@ class Nvml:
     """An initialised NVML with the functions we need; opening it again in one process is cheap.
 
     Raises:
-        SourceUnavailable: no library, no driver, or versions of the two that do not match.
+        SourceUnavailableError: no library, no driver, or versions of the two that do not match.
     """
 
     def __init__(self) -> None:
@@ -74,7 +81,7 @@ class Nvml:
                     self.module.nvmlInit()
                     _init_pid = os.getpid()
             except Exception as error:
-                raise SourceUnavailable(f"NVML cannot be initialised ({error})") from error
+                raise SourceUnavailableError(f"NVML cannot be initialised ({error})") from error
 
     @contextlib.contextmanager
     def translate(self) -> Iterator[None]:
@@ -86,11 +93,11 @@ class Nvml:
         except Exception as error:
             name = type(error).__name__.removeprefix("NVMLError_")
             if isinstance(error, AttributeError):
-                raise FieldUnavailable(f"the installed pynvml has no such call: {error}") from error
+                raise FieldUnavailableError(f"the installed pynvml has no such call: {error}") from error
             if name in _LOST:
-                raise DeviceLost(str(error)) from error
+                raise DeviceLostError(str(error)) from error
             if name in _UNAVAILABLE:
-                raise FieldUnavailable(str(error)) from error
+                raise FieldUnavailableError(str(error)) from error
             raise ReadError(f"{name}: {error}") from error
 
     def driver_version(self) -> str | None:
@@ -144,7 +151,6 @@ class NvmlReader:
 
     source = "counter"
     stepped = True
-    wrap_j: float | None = None
 
     def __init__(self, nvml: Nvml, uuid: str) -> None:
         self.nvml = nvml
@@ -185,7 +191,7 @@ class NvmlReader:
         if not self._averaged_power:
             try:
                 return self._instant_power_w()
-            except FieldUnavailable:
+            except FieldUnavailableError:
                 self._averaged_power = True
                 self.notes = (*self.notes, "averaged_power")
         with self.nvml.translate():

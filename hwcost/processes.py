@@ -76,3 +76,20 @@ def _same_user(pid: int) -> bool:
         return (PROC / str(pid)).stat().st_uid == os.getuid()
     except (OSError, AttributeError):
         return False
+
+
+def synchronize() -> str | None:
+    """Wait for the work this process gave to its GPUs; a failure is returned as a flag. Without a CUDA context: nothing."""
+    if not own_process_uses_cuda():
+        return None
+    torch = sys.modules["torch"]
+    try:
+        current = torch.cuda.current_device()
+        for index in range(torch.cuda.device_count()):
+            if (
+                index == current or torch.cuda.memory_reserved(index) > 0
+            ):  # synchronising makes a context where there is none
+                torch.cuda.synchronize(index)
+    except Exception as error:
+        return f"synchronize_failed:{type(error).__name__}"
+    return None

@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 
 from hwcost.cpu import UnreadableFields
-from hwcost.readers import DeviceInfo, ReadError, SourceUnavailable
+from hwcost.readers import DeviceInfo, ReadError, SourceUnavailableError
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -48,12 +48,11 @@ class RaplReader(UnreadableFields):
 
     source = "rapl"
     stepped = False
-    wrap_j: float | None = None
 
     def __init__(self, root: Path | str | None = None) -> None:
         self.zones = find_zones(Path(root or os.environ.get("JOULEMOE_POWERCAP", POWERCAP)))
         if not any(zone.name.startswith("package") for zone in self.zones):
-            raise SourceUnavailable("no readable RAPL package counter under /sys/class/powercap")
+            raise SourceUnavailableError("no readable RAPL package counter under /sys/class/powercap")
         self.info = DeviceInfo(device_id="cpu", kind="cpu", name=platform.processor() or platform.machine() or None)
         self.notes = () if any(zone.name == "dram" for zone in self.zones) else ("rapl_without_dram",)
         self._last_uj = [self._read_uj(zone) for zone in self.zones]

@@ -1,7 +1,7 @@
 """What a device that draws power can tell, and the errors of asking it.
 
-Everything above this file (integration, sampling, windows) knows devices only through `DeviceReader`. NVML, RAPL and the CPU
-model each translate their own errors into the three below, once.
+Everything above this file (integration, sampling, windows) knows devices only through `DeviceReader`. NVML, RAPL and the
+CPU model each translate their own errors into the three below, once.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class ReadError(Exception):
     """A value could not be read this time; the next attempt may succeed."""
 
 
-class FieldUnavailable(ReadError):
+class FieldUnavailableError(ReadError):
     """This device never gives this field: not supported, or no permission."""
 
 
-class DeviceLost(ReadError):
+class DeviceLostError(ReadError):
     """The device is gone and stays gone until the host is mended."""
 
 
-class SourceUnavailable(Exception):
+class SourceUnavailableError(Exception):
     """The whole library or interface cannot be used here."""
 
 
@@ -70,16 +70,15 @@ class ProcessUse:
 
 
 class DeviceReader(Protocol):
-    """One device's readings. Every method may raise `ReadError`, `FieldUnavailable` or `DeviceLost`.
+    """One device's readings. Every method may raise `ReadError`, `FieldUnavailableError` or `DeviceLostError`.
 
-    `source` is what its energy counter is called in results: counter, rapl or modelled. A `stepped` counter jumps at intervals
-    and is slow to read (NVML); the others can be read at the very edge of a window. `wrap_j` is where the counter starts anew.
+    `source` is what its energy counter is called in results: counter, rapl or modelled. A `stepped` counter moves at
+    intervals and is slow to read (NVML); the others can be read at the very edge of a window.
     """
 
     info: DeviceInfo
     source: str
     stepped: bool
-    wrap_j: float | None
     notes: tuple[str, ...]
 
     def energy_j(self) -> float: ...
@@ -119,8 +118,8 @@ class SystemClock:
 class Guard:
     """Reads each field on its own: one that fails leaves None and a flag, never an exception."""
 
-    def __init__(self, flag: Callable[[str], None]) -> None:
-        self.flag = flag
+    def __init__(self, *, flag: Callable[[str], None], stand: Callable[[str], None]) -> None:
+        self.flag, self.stand = flag, stand  # of the windows open now; of these and all later ones
         self.unavailable: dict[str, str] = {}
         self.lost = False
 
@@ -130,11 +129,12 @@ class Guard:
             return None
         try:
             value = call()
-        except FieldUnavailable as error:
+        except FieldUnavailableError as error:
             self.unavailable[field] = str(error)
-        except DeviceLost:
+            self.stand(f"unreadable:{field}")
+        except DeviceLostError:
             self.lost = True
-            self.flag("gpu_lost")
+            self.stand("gpu_lost")
         except Exception as error:  # a monitor never stops training
             self.flag(f"{field}_failed:{type(error).__name__}")
         else:

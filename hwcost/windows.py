@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from hwcost.history import PowerSample
 from hwcost.integrate import Reading
 from hwcost.nvml import THROTTLE_REASONS
-from hwcost.readers import DeviceInfo, PowerBaseline
+from hwcost.processes import Occupancy
+from hwcost.readers import DeviceReader, PowerBaseline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,9 +19,10 @@ class Measurement:
     """Joules of one window, on one device or (with `devices`) in total. Unknown is None, never 0.
 
     Attributes:
-        energy_j: all joules of the span. uncertainty_j: its standard uncertainty from edges and gaps; a constant error of the
-            board's sensor (NVIDIA states ±5 %) is not in it.
-        idle_j, context_j, dynamic_j: idle watts × time, what contexts add to them, and the rest; None without a baseline.
+        energy_j: all joules of the span.
+        uncertainty_j: its standard uncertainty from edges and gaps; a constant error of the board's sensor is not in it.
+        idle_j, context_j, dynamic_j: idle watts × time, what contexts add, and the rest; None without a baseline.
+        integral_j: the same span from sampled power, beside the counter.
         source: counter, integrated, rapl or modelled.
         coverage: share of the span for which joules are known.
         throttled: heat or power held the clocks down. shared: somebody else used the device.
@@ -50,7 +52,7 @@ class Measurement:
 
 
 class Span:
-    """One window on one device while it is being measured. Only the sampler of that device writes to it, under its lock."""
+    """One window on one device while it is being measured; only that device's sampler writes to it, under its lock."""
 
     def __init__(self, start_s: float, flags: Sequence[str] = ()) -> None:
         self.start_s = start_s
@@ -61,7 +63,6 @@ class Span:
         self.integral_end: Reading | None = None
         self.settled = threading.Event()
         self.flags: dict[str, None] = dict.fromkeys(flags)
-        self.source: str | None = None
         self.shared: bool | None = None
         self.context = False
         self._peak_w: float | None = None
@@ -89,7 +90,16 @@ class Span:
         if sample.throttle_reasons is not None:
             self._throttle = (self._throttle or 0) | sample.throttle_reasons
 
-    def measurement(self, name: str, device: DeviceInfo, baseline: PowerBaseline, min_s: float) -> Measurement:
+    def see(self, seen: Occupancy | None) -> None:
+        """Count the processes on the device."""
+        if seen is None:
+            return
+        self.shared = bool(self.shared) or seen.others > 0
+        self.context = self.context or seen.total > 0
+        for flag in seen.flags:
+            self.flags.setdefault(flag)
+
+    def measurement(self, name: str, reader: DeviceReader, baseline: PowerBaseline, min_s: float) -> Measurement:
         """What the span amounts to, once settled."""
         duration = (self.end_s or self.start_s) - self.start_s
         count, total, highest = self._temperatures
@@ -100,7 +110,7 @@ class Span:
         idle, context, dynamic = _separate(energy, duration, baseline, self.context)
         return Measurement(
             name=name,
-            device_id=device.device_id,
+            device_id=reader.info.device_id,
             energy_j=energy,
             uncertainty_j=sigma,
             idle_j=idle,
@@ -113,7 +123,7 @@ class Span:
             max_temperature_c=highest if count else None,
             max_memory_bytes=self._max_memory,
             integral_j=self._integral(duration),
-            source=self.source if energy is not None else None,
+            source=self._source(reader.source) if energy is not None else None,
             coverage=coverage,
             throttled=None if self._throttle is None else bool(reasons),
             shared=self.shared,
@@ -133,6 +143,12 @@ class Span:
             self.flags.setdefault("partial")
         energy = max(self.end.energy_j - self.start.energy_j, 0.0)
         return energy, math.hypot(self.start.sigma_j, self.end.sigma_j), coverage
+
+    def _source(self, counter: str) -> str:
+        """The counter, unless power had to stand in for a part of the span."""
+        assert self.start is not None
+        assert self.end is not None
+        return "integrated" if self.end.bridged_s - self.start.bridged_s > 1e-6 else counter
 
     def _integral(self, duration: float) -> float | None:
         first, last = self.integral_start, self.integral_end
