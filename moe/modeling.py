@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from moe.config import MoEGPT2Config
 from moe.experts import Experts
+from moe.head import causal_lm_loss
 from moe.regularizers import REGULARIZERS, Regularizer, kl_gibbs
 from moe.routers import ROUTERS, Router, initial_buffers
 from moe.routing import Routing, Tokens, count_E
@@ -232,6 +233,7 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         output_routing: bool = False,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoEGPT2Output:
         """Next-token logits, and the loss where labels are given.
@@ -243,6 +245,7 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
             output_routing: return `routing` and `router_logits`.
             num_items_in_batch: targets of the whole optimizer step, where this call is one micro-batch of it. Both
                 losses are then this call's share, and micro-batches add up.
+            skip_logits: compute the loss without logits in memory and return none. Default: in training with labels.
         """
         output = self.transformer(
             input_ids,
@@ -256,10 +259,15 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         routing: tuple[Routing, ...] = output.routing
         self._count(routing)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        skip_logits = labels is not None and (self.training if skip_logits is None else skip_logits)
+        logits = None if skip_logits else self.lm_head(output.last_hidden_state[:, kept])
         loss = lm_loss = aux_loss = None
         if labels is not None:
-            loss = lm_loss = ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch)
+            if logits is None:
+                lm_loss = causal_lm_loss(output.last_hidden_state, self.lm_head.weight, labels, num_items_in_batch)
+            else:
+                lm_loss = ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch)
+            loss = lm_loss
             aux_loss = self.aux_loss(routing)
             if aux_loss is not None and num_items_in_batch is not None:
                 aux_loss = aux_loss * ((labels[..., 1:] != -100).sum() / num_items_in_batch)
