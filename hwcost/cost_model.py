@@ -16,11 +16,11 @@ from hwcost.prices import ExpertPrices, expert_prices
 from hwcost.profiles import Profile, load_profile, select_profile
 
 
-class OutOfRange(ValueError):
+class CalibrationRangeError(ValueError):
     """An operation outside the calibrated range, where extrapolation was not asked for."""
 
 
-class OutOfMemory(ValueError):
+class MemoryPressureError(ValueError):
     """A batch refused because the GPU's memory is too full."""
 
 
@@ -136,8 +136,8 @@ class CostModel:
             current_temp, memory_pressure, duration_s, extrapolate: see `Conditions`.
 
         Raises:
-            OutOfRange: outside the calibrated range and not told to extrapolate.
-            OutOfMemory: memory_pressure at or above the profile's refusal.
+            CalibrationRangeError: outside the calibrated range and not told to extrapolate.
+            MemoryPressureError: memory_pressure at or above the profile's refusal.
             ValueError: an unknown operation, or numbers that make no sense.
         """
         shape = shape or ModelShape()
@@ -268,7 +268,9 @@ class CostModel:
         if memory_pressure is None or memory_pressure <= pressure.onset:
             return 0.0
         if memory_pressure >= pressure.refuse:
-            raise OutOfMemory(f"memory_pressure: expected less than {pressure.refuse:.2f}, got {memory_pressure:.2f}")
+            raise MemoryPressureError(
+                f"memory_pressure: expected less than {pressure.refuse:.2f}, got {memory_pressure:.2f}"
+            )
         return pressure.retry_s * (memory_pressure - pressure.onset) / (pressure.refuse - pressure.onset)
 
     def _flags(self, shape: ModelShape, call: Call, extrapolate: bool) -> tuple[str, ...]:
@@ -280,7 +282,9 @@ class CostModel:
             if not low <= value <= high
         ]
         if outside and not extrapolate:
-            raise OutOfRange(f"{call.phase}: {outside[0]}, the calibrated range; pass extrapolate=True to go beyond it")
+            raise CalibrationRangeError(
+                f"{call.phase}: {outside[0]}, the calibrated range; pass extrapolate=True to go beyond it"
+            )
         return tuple(f"extrapolated: {each}" for each in outside)
 
 

@@ -59,7 +59,10 @@ def full_plan(budget_s: float = 510.0) -> Plan:
     return Plan(
         specs=(*kernel_specs(), *_train_specs(), *_decode_specs()),
         first=(_anchor("anchor-start", 5.0), ramp),
-        last=(dataclasses.replace(_train(8, 2, 16), name="steady", window_s=22.0, held_out=True), _anchor("anchor-end", 5.0)),
+        last=(
+            dataclasses.replace(_train(8, 2, 16), name="steady", window_s=22.0, held_out=True),
+            _anchor("anchor-end", 5.0),
+        ),
         budget_s=budget_s,
     )
 
@@ -83,6 +86,27 @@ def small_plan() -> Plan:
         cool_s=0.0,
         warmup_s=0.0,
         budget_s=120.0,
+    )
+
+
+def smoke_plan() -> Plan:
+    """One of each kind for a second: is everything in place on this GPU?"""
+    from hwcost.probes import attention_spec, copy_spec, gemm_spec, grouped_spec, launch_spec
+
+    kernels = [
+        gemm_spec(8192, 8192, 8192),
+        copy_spec(1 << 30),
+        grouped_spec(16384, 8),
+        attention_spec(16, 1024, train=True),
+    ]
+    steps = [
+        _train(8, 2, 16),
+        _train(4, 1, 4),
+        *(spec for spec in _decode_specs() if spec.params["batch_size"] in (8, 128)),
+    ]
+    specs = [dataclasses.replace(spec, window_s=1.0) for spec in (*kernels, launch_spec(graph=True), *steps)]
+    return Plan(
+        specs=tuple(specs), first=(_anchor("anchor-start", 1.0),), last=(), idle_s=1.0, cool_s=0.0, budget_s=150.0
     )
 
 
@@ -128,7 +152,17 @@ def _train_specs() -> list[ProbeSpec]:
 # K, batch, context, numbers of open experts.
 _DECODE = ((1, 1, 256, (1,)), (2, 1, 256, (2,)), (1, 8, 256, (1, 3, 8)), (2, 16, 512, (2, 4, 8)), (2, 32, 256, (2, 4, 8)),
            (1, 64, 256, (1, 2, 8)), (2, 128, 256, (2, 5, 8)), (1, 256, 256, (1, 4, 8)), (2, 256, 128, (2, 8)))  # fmt: skip
-_DECODE_HELD_OUT = {(2, 1, 2), (1, 8, 3), (2, 16, 4), (2, 16, 8), (2, 32, 2), (1, 64, 2), (2, 128, 5), (1, 256, 4), (2, 256, 8)}
+_DECODE_HELD_OUT = {
+    (2, 1, 2),
+    (1, 8, 3),
+    (2, 16, 4),
+    (2, 16, 8),
+    (2, 32, 2),
+    (1, 64, 2),
+    (2, 128, 5),
+    (1, 256, 4),
+    (2, 256, 8),
+}
 
 
 def _decode_specs() -> list[ProbeSpec]:
@@ -177,14 +211,16 @@ class Calibrator:
         for spec in self.plan.all_specs:
             codes.setdefault(spec.code or spec.name, spec)
         shares = _share(list(codes.values()), self._parallel(len(codes)))
-        threads = max(1, (os.cpu_count() or 1) // (2 * len(shares)))
+        threads = 1 + (os.cpu_count() or 1) // len(shares) if self.device == "cuda" else 1
         self._workers = [Worker(self.device, threads=threads) for _ in shares]
+        self._say(f"{len(codes)} workloads to build in {len(shares)} processes")
         self._say("[bold]idle[/] without a context")
         self._window(ProbeSpec(name="idle-bare", kind=_IDLE, params={}, window_s=self.plan.idle_s), None)
         for worker in self._workers:
             worker.answer(180.0)
         self._about = self._workers[0].call("describe")
         self._window(ProbeSpec(name="idle-context", kind=_IDLE, params={}, window_s=self.plan.idle_s), None)
+        self._say("building and compiling")
         self._prepare(shares)
 
     def _parallel(self, codes: int) -> int:
@@ -205,6 +241,7 @@ class Calibrator:
                     if waiting[id(worker)] and worker.has_answer(0.05):
                         progress.advance(task)
                         self._prepared(worker, waiting[id(worker)])
+        self._say(f"{len(self._owner)} workloads are ready")
         for worker in list(self._workers):
             late = waiting[id(worker)]
             self.skipped += [f"{spec.name}: not compiled in {self.plan.prepare_s:.0f} s" for spec in late]
@@ -316,7 +353,12 @@ class Calibrator:
         self.console.print(f"[dim]{self._elapsed():5.0f} s[/]  {text}", highlight=False)
 
     def _progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+        )
         return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
     def _skip(self, spec: ProbeSpec, error: Exception) -> None:
@@ -383,7 +425,9 @@ def measure(plan: Plan, *, device: str, console: Console, raw: Path | None) -> C
     """
     with EnergyMonitor.for_assigned_devices() as monitor:
         if device == "cuda" and not any(info.kind == "gpu" for info in monitor.devices):
-            raise ValueError(f"device: expected a GPU that can be measured, got none ({', '.join(monitor.flags) or 'no GPU'})")
+            raise ValueError(
+                f"device: expected a GPU that can be measured, got none ({', '.join(monitor.flags) or 'no GPU'})"
+            )
         return Calibrator(plan, monitor, device=device, console=console, raw=raw).run()
 
 

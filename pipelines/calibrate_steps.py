@@ -22,7 +22,8 @@ from pipelines.data import TokenSplit
 from pipelines.model import Hardware, moe_config_of
 from pipelines.training import Trainer
 
-_STEPS_PER_EPOCH = 12
+_SEQUENCES_PER_EPOCH = 192  # half a second or so between two waits for the device
+_LEAST_STEPS = 8
 _LEARNING_RATE = 1e-6  # the weights stay where they are, so that a shape's routing does not drift while it is measured
 _CLOSED = -1e4  # added to the logits of an expert that must not open
 
@@ -55,18 +56,17 @@ class TrainStep:
         self.device = device
         shape = step_shape(params, {})
         batch, length = int(params["batch_size"]), int(params["seq_len"])
-        hardware = Hardware(device=device, dtype="bf16" if device.type == "cuda" else "fp32", compile=device.type == "cuda")
-        steps = int(params.get("steps_per_epoch", _STEPS_PER_EPOCH))
-        config = _trial_config(shape, batch, length)
-        blocks_NS = zipf_tokens(steps * batch, length, shape.vocab_size)
-        split = TokenSplit(
-            blocks_NS=blocks_NS, domain_N=torch.zeros(len(blocks_NS), dtype=torch.int64), bytes_per_token=4.0
+        hardware = Hardware(
+            device=device, dtype="bf16" if device.type == "cuda" else "fp32", compile=device.type == "cuda"
         )
+        config = _trial_config(shape, batch, length)
         with torch.device(device):
             self.model: Any = _model(config, gpt2_config(shape, length))
-        self.trainer = Trainer(self.model.to(device), config, hardware, split)
+        self.trainer = Trainer(self.model.to(device), config, hardware, _text(2 * batch, length, shape.vocab_size))
         self._epoch = 0
-        self.run()
+        self.run()  # compiles
+        steps = max(_LEAST_STEPS, _SEQUENCES_PER_EPOCH // batch)
+        self.trainer.split = _text(steps * batch, length, shape.vocab_size)
 
     def configure(self, params: Mapping[str, Any]) -> dict[str, float]:
         return {}
@@ -77,14 +77,19 @@ class TrainStep:
         return sums.steps
 
     def park(self) -> None:
-        self.model.to("cpu")
+        """The weights stay: moving them would cost a second a time, and they are small beside a step's activations."""
         self.trainer.optimizer.state.clear()
         self.trainer.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def unpark(self) -> None:
-        self.model.to(self.device)
+        """The optimizer makes its state anew in the first step."""
+
+
+def _text(rows: int, length: int, vocab_size: int) -> TokenSplit:
+    blocks_NS = zipf_tokens(rows, length, vocab_size)
+    return TokenSplit(blocks_NS=blocks_NS, domain_N=torch.zeros(rows, dtype=torch.int64), bytes_per_token=4.0)
 
 
 def _trial_config(shape: ModelShape, batch: int, length: int) -> TrialConfig:
@@ -216,7 +221,12 @@ def _values(config: MoEGPT2Config) -> dict[str, Any]:
     return values
 
 
-STEP_BUILDERS: dict[str, Builder] = {**BUILDERS, "anchor": AnchorStep, "train_step": TrainStep, "decode_step": DecodeStep}
+STEP_BUILDERS: dict[str, Builder] = {
+    **BUILDERS,
+    "anchor": AnchorStep,
+    "train_step": TrainStep,
+    "decode_step": DecodeStep,
+}
 
 
 def build(kind: str, params: Mapping[str, Any], device: torch.device) -> Workload:
@@ -229,5 +239,7 @@ def many_shapes() -> Any:
     """Let one process compile many static shapes: no dynamic dimensions, no early end of recompilation."""
     import torch._dynamo
 
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=256, accumulated_recompile_limit=1024):
+    with torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=256, accumulated_recompile_limit=1024
+    ):
         yield

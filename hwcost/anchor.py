@@ -1,0 +1,116 @@
+"""The anchor: one fixed compiled training step, measured at the start and the end of a sweep.
+
+Boards of one kind differ by 3-8 %, and a board drifts with its inlet air. The anchor's joules per
+step, stored beside a sweep, tell the two apart from what a trial changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hwcost.probes import dtype_of, repeat_for
+
+# The anchor never changes: readings of different days are compared.
+ANCHOR_VERSION = 1
+_ROWS, _LENGTH, _WIDTH, _HEADS, _REPEATS = 16, 1024, 768, 12, 4
+
+
+class _Window(Protocol):
+    @property
+    def measurement(self) -> Any: ...
+
+
+class Monitor(Protocol):
+    """The part of `EnergyMonitor` that is needed here."""
+
+    def window(self, name: str) -> AbstractContextManager[_Window]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorReading:
+    """Joules and seconds of one anchor step; None where they could not be measured."""
+
+    version: int
+    j_per_step: float | None
+    s_per_step: float
+    mean_power_w: float | None
+    mean_temperature_c: float | None
+    steps: int
+
+
+class _Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x_BSD.shape
+        q, k, v = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(self.norm_1(x_BSD)).chunk(3, -1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
+        x_BSD = x_BSD + self.out(mixed)
+        return x_BSD + self.down(F.gelu(self.up(self.norm_2(x_BSD)), approximate="tanh"))
+
+
+class AnchorStep:
+    """The workload: a transformer block applied four times, forward and backward, bf16, compiled on a GPU."""
+
+    def __init__(self, params: Mapping[str, Any], device: torch.device) -> None:
+        shrink = 1 if device.type == "cuda" else 16
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            width = _WIDTH // shrink
+            self.block = _Block(width, max(1, _HEADS // shrink)).to(device=device, dtype=dtype_of(device))
+            self.x_BSD = torch.randn(_ROWS, _LENGTH // shrink, width).to(device=device, dtype=dtype_of(device))
+        self._forward = torch.compile(self.block, fullgraph=True) if device.type == "cuda" else self.block
+        self.run()
+
+    def configure(self, params: Mapping[str, Any]) -> dict[str, float]:
+        return {}
+
+    def run(self) -> int:
+        x_BSD = self.x_BSD
+        for _ in range(_REPEATS):
+            x_BSD = self._forward(x_BSD)
+        x_BSD.square().mean().backward()
+        self.block.zero_grad(set_to_none=True)
+        return 1
+
+    def park(self) -> None:
+        """The anchor is small and stays."""
+
+    def unpark(self) -> None:
+        """The anchor is small and never left."""
+
+
+def measure_anchor(
+    monitor: Monitor, device: torch.device, *, seconds: float = 10.0, warmup_s: float = 2.0
+) -> AnchorReading:
+    """Run the anchor for `seconds` in a window named `anchor`, after a warm-up."""
+    step = AnchorStep({}, device)
+    repeat_for(step.run, warmup_s, device)
+    with monitor.window("anchor") as window:
+        steps, duration_s = repeat_for(step.run, seconds, device)
+    got = window.measurement
+    return AnchorReading(
+        version=ANCHOR_VERSION,
+        j_per_step=None if got.energy_j is None else got.energy_j / steps,
+        s_per_step=duration_s / steps,
+        mean_power_w=got.mean_power_w,
+        mean_temperature_c=got.mean_temperature_c,
+        steps=steps,
+    )
