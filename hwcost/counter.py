@@ -1,8 +1,8 @@
 """Following an energy counter that moves in steps, at little cost.
 
-A counter that moves every 100 ms and takes 3 ms to read is not polled all the time: the follower sleeps until shortly before
-the next step is due and then reads until the value changes. That gives the time of the step to within one read. Period and
-cost are learnt from the device itself.
+A counter that moves every 100 ms and takes 3 ms to read is not polled all the time: the follower sleeps until shortly
+before the next step is due and then reads until the value changes. That gives the time of the step to within one read.
+Period and cost are learnt from the device itself.
 """
 
 from __future__ import annotations

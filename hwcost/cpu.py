@@ -69,7 +69,7 @@ class CpuTimeReader(UnreadableFields):
     def __init__(self, watts: float | None = None) -> None:
         self.watts_per_core = watts_per_core() if watts is None else watts
         self.info = DeviceInfo(device_id="cpu", kind="cpu", name=platform.processor() or platform.machine() or None)
-        self.notes = (f"modelled:{self.watts_per_core:g}_w_per_core",)
+        self.notes: tuple[str, ...] = (f"modelled:{self.watts_per_core:g}_w_per_core",)
 
     def energy_j(self) -> float:
         times = os.times()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import os
 import sys
 from collections.abc import Sequence
 
+from hwcost.cpu import CpuTimeReader
 from hwcost.nvml import Nvml
+from hwcost.rapl import RaplReader
+from hwcost.readers import DeviceReader, ReadError, SourceUnavailableError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +28,8 @@ class Assignment:
 def parse_visible_devices(text: str | None, boards: Sequence[str | None], migs: Sequence[str] = ()) -> tuple[str, ...]:
     """UUIDs that CUDA would show for a value of CUDA_VISIBLE_DEVICES.
 
-    Entries are indices or (prefixes of) UUIDs; as in CUDA, an entry that names nothing ends the list. A device named twice is
-    measured once.
+    Entries are indices or (prefixes of) UUIDs; as in CUDA, an entry that names nothing ends the list. A device named
+    twice is measured once.
 
     Args:
         text: the variable; None when it is unset.
@@ -56,7 +60,9 @@ def _resolve(entry: str, boards: Sequence[str | None], migs: Sequence[str]) -> s
 
 
 def assigned(nvml: Nvml) -> Assignment:
-    """What this process was given. Ray's word counts before the environment's: an actor without a GPU inherits the latter."""
+    """What this process was given. Ray's word counts before the environment's: an actor without a GPU inherits the
+    latter.
+    """
     boards = nvml.uuids()
     migs = tuple(uuid for i in range(len(boards)) for uuid in nvml.mig_uuids(i))
     ray_ids = _ray_ids()
@@ -64,9 +70,9 @@ def assigned(nvml: Nvml) -> Assignment:
         ids, share = ray_ids
         uuids = parse_visible_devices(",".join(ids), boards, migs) if ids else ()
         return Assignment(uuids=uuids, origin="ray", shared=True if 0 < share < 1 else None)
-    uuids = _torch_uuids()
-    if uuids:
-        return Assignment(uuids=tuple(dict.fromkeys(uuids)), origin="cuda")
+    seen = _torch_uuids()
+    if seen:
+        return Assignment(uuids=tuple(dict.fromkeys(seen)), origin="cuda")
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     flags = (
         ("device_order_assumed",)
@@ -117,3 +123,61 @@ def gpu_host() -> bool:
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = text is not None and text.split(",")[0].strip() in ("", "-1", "NoDevFiles")
     return bool(glob.glob("/dev/nvidia[0-9]*")) and not hidden
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """Readers of the devices to measure, what is wrong with the choice, and whether only a share of a GPU was given."""
+
+    readers: tuple[DeviceReader, ...]
+    flags: tuple[str, ...] = ()
+    shared: bool | None = None
+
+
+def find_readers(*, torch_device: object = None, allow_cpu: bool = True, cpu_parallel: int = 1) -> Found:
+    """What this process can measure of what it was given. Missing hardware never raises: it leaves flags.
+
+    A GPU that does the work and cannot be measured gives no reader at all: the CPU's joules beside it would mislead.
+    """
+    wanted = str(torch_device) if torch_device is not None else None
+    flags: tuple[str, ...] = ()
+    if wanted is None or wanted.startswith("cuda"):
+        try:
+            found = _find_gpus(wanted)
+        except (SourceUnavailableError, ReadError) as error:
+            flags = (f"nvml_unavailable:{error}",)
+            if gpu_host():
+                return Found(readers=(), flags=flags)
+        else:
+            if found.readers or found.flags:
+                return found
+    if allow_cpu and wanted in (None, "cpu"):
+        return Found(readers=(_cpu_reader(cpu_parallel),))
+    return Found(readers=(), flags=(*flags, "no_device"))
+
+
+def _find_gpus(wanted: str | None) -> Found:
+    nvml = Nvml()
+    given = assigned(nvml)
+    uuids = given.uuids
+    if wanted is not None:
+        index = int(wanted.partition(":")[2] or 0)
+        uuids = uuids[index : index + 1]
+    readers: list[DeviceReader] = []
+    flags: list[str] = []
+    for uuid in uuids:
+        try:
+            readers.append(nvml.open(uuid))
+        except ReadError as error:
+            flags.append(f"gpu_unreadable:{uuid}:{error}")
+    if readers:
+        flags.extend(given.flags)
+    return Found(readers=tuple(readers), flags=tuple(flags), shared=given.shared)
+
+
+def _cpu_reader(parallel: int) -> DeviceReader:
+    """RAPL counts a whole package, so it serves one trial at a time; otherwise CPU time is all there is."""
+    if parallel == 1:
+        with contextlib.suppress(SourceUnavailableError, ReadError):
+            return RaplReader()
+    return CpuTimeReader()

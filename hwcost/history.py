@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Callable
 from typing import Any, TextIO
 
 
@@ -28,11 +27,13 @@ class PowerSample:
 
 
 class GpuSystemMonitor:
-    """Bounded history of samples. When it is full every second sample goes and only every second one is kept from then on.
+    """Bounded history of samples. When it is full every second sample goes and only every second one is kept from then
+    on.
 
     Args:
         max_samples: per device.
-        path: a file to which samples are appended as JSON lines, so that they outlive a killed process; None keeps them in memory
+        path: a file to which samples are appended as JSON lines, so that they outlive a killed process; None keeps them
+        in memory
             only. A path that cannot be written leaves the flag `history_unwritable` and nothing else.
     """
 
@@ -43,7 +44,7 @@ class GpuSystemMonitor:
         self._samples: dict[str, list[PowerSample]] = {}
         self._stride: dict[str, int] = {}
         self._seen: dict[str, int] = {}
-        self._path = os.fspath(path) if path is not None else None
+        self.path = os.fspath(path) if path is not None else None
         self._sink: TextIO | None = None
 
     @property
@@ -74,28 +75,24 @@ class GpuSystemMonitor:
             if len(samples) >= self.max_samples:
                 del samples[1::2]
                 self._stride[key] = 2 * stride
-        self._spill({"sample": dataclasses.asdict(sample)})
+        self.spill({"sample": dataclasses.asdict(sample)})
 
-    def spill(self, record: Callable[[], dict[str, Any]]) -> None:
-        """Append a record beside the samples where a path was given."""
-        if self._path is not None:
-            self._spill(record())
-
-    def _spill(self, record: dict[str, Any]) -> None:
-        if self._path is None:
+    def spill(self, record: dict[str, Any]) -> None:
+        """Append a record to the file, if there is one."""
+        if self.path is None:
             return
         try:
             if self._sink is None:
-                self._sink = open(self._path, "a", encoding="utf-8")
+                self._sink = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - stays open
             self._sink.write(json.dumps(record) + "\n")
             self._sink.flush()
         except (OSError, ValueError):
-            self._path = None
+            self.path = None
             self.flags.setdefault("history_unwritable")
 
     def close(self) -> None:
         """Close the file, if there is one."""
-        self._path = None
+        self.path = None
         if self._sink is not None:
             try:
                 self._sink.close()

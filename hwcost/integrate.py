@@ -1,9 +1,9 @@
 """Joules as a function of time, from power samples and from an energy counter that moves in steps.
 
-A counter that steps every 100 ms says what was used up to its last step and nothing of the part of a period at the edges of
-a window: over a one-second window that is up to 10 %. Here the counter gives the *knots* (time of a step, joules up to it),
-and between two knots power samples give the shape, scaled so that it sums to the counter's difference. The result is one
-function E(t): windows that touch sum to the whole whatever their edges are.
+A counter that steps every 100 ms says what was used up to its last step and nothing of the part of a period at the
+edges of a window: over a one-second window that is up to 10 %. Here the counter gives the *knots* (time of a step,
+joules up to it), and between two knots power samples give the shape, scaled so that it sums to the counter's
+difference. The result is one function E(t): windows that touch sum to the whole whatever their edges are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ KEEP = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reading:
-    """Cumulative joules at one instant, their standard uncertainty, the seconds known up to then, and those of them for which
+    """Cumulative joules at one instant, their standard uncertainty, the seconds known up to then, and those of them for
+    which
     power had to stand in for the counter."""
 
     energy_j: float
@@ -110,8 +111,8 @@ class Knot:
 class CounterCurve:
     """E(t) through the steps of an energy counter.
 
-    Differences that cannot be true (backwards, or more than the power limit allows) are replaced by the integral of power
-    over the same time, or left uncovered where there is none; the curve never falls.
+    Differences that cannot be true (backwards, or more than the power limit allows) are replaced by the integral of
+    power over the same time, or left uncovered where there is none; the curve never falls.
     """
 
     def __init__(self, *, limit_w: float | None = None) -> None:

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hwcost.cpu import CpuTimeReader
-from hwcost.devices import assigned, gpu_host
+from hwcost.devices import find_readers
 from hwcost.history import GpuSystemMonitor
-from hwcost.nvml import Nvml
-from hwcost.rapl import RaplReader
-from hwcost.readers import (
-    Clock,
-    DeviceInfo,
-    DeviceReader,
-    PowerBaseline,
-    ReadError,
-    SourceUnavailableError,
-    SystemClock,
-)
 from hwcost.processes import synchronize
+from hwcost.readers import Clock, DeviceInfo, DeviceReader, PowerBaseline, SystemClock
 from hwcost.sampler import DeviceSampler
-from hwcost.windows import Measurement, Span, combine
+from hwcost.windows import Measurement, Span, combine, least_trusted, total
 
 PERIOD_S = 0.1
 READY_S = 2.0
 SETTLE_S = 1.5
+BEAT_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +32,7 @@ class LedgerEntry:
     duration_s: float
     windows: int
     open: int
+    unmeasured_s: float = 0.0
     flags: tuple[str, ...] = ()
 
 
@@ -51,7 +43,7 @@ class EnergyWindow:
         self.monitor, self.name, self.modelled_power_w = monitor, name, modelled_power_w
         self.start_s: float | None = None
         self.end_s: float | None = None
-        self.spans: tuple[Span, ...] = ()
+        self.spans: list[Span] = []
         self.flags: dict[str, None] = {}
         self._measurement: Measurement | None = None
 
@@ -68,6 +60,19 @@ class EnergyWindow:
             self.flags.setdefault(f"exception:{kind.__name__}")
         self.end_s = self.monitor._close(self)
 
+    def flag(self, text: str | None) -> None:
+        """Remember what went wrong; None: nothing did."""
+        if text is not None:
+            self.flags.setdefault(text)
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """A monitor never stops training: its own errors become flags."""
+        try:
+            yield
+        except Exception as error:
+            self.flag(f"monitor_error:{type(error).__name__}")
+
     @property
     def measurement(self) -> Measurement:
         """The result. Read at once it waits for the counter step after the window (about 0.1 s on an H200).
@@ -83,32 +88,44 @@ class EnergyWindow:
 
 
 class EnergyMonitor:
-    """Measures the devices it was given. Use `for_assigned_devices`; a monitor without devices gives nulls and reasons."""
+    """Measures the devices it was given. A monitor without devices gives nulls and reasons; nothing here stops
+    training.
+
+    Args:
+        readers: the devices; `for_assigned_devices` finds them.
+        period_s: spacing of the samples in the history.
+        baseline: watts without work, from which idle and context joules are separated.
+        shared: what was known about sharing before anything was measured (Ray gave a fraction of a GPU).
+        clock, threads: for tests; without threads a window's edges settle when its measurement is read.
+    """
 
     def __init__(
         self,
         readers: Sequence[DeviceReader],
         *,
         period_s: float = PERIOD_S,
-        baselines: Mapping[str, PowerBaseline] | PowerBaseline | None = None,
+        baseline: PowerBaseline | None = None,
         system: GpuSystemMonitor | None = None,
         flags: Sequence[str] = (),
+        shared: bool | None = None,
         clock: Clock | None = None,
         threads: bool = True,
     ) -> None:
         self.clock = clock or SystemClock()
         self.system = system or GpuSystemMonitor()
-        self.flags: dict[str, None] = dict.fromkeys(flags)
-        self.shared_share: bool | None = None
-        self._baselines = baselines
+        self.flags = tuple(flags)
+        self._baseline, self._shared = baseline or PowerBaseline(), shared
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._open_windows: list[EnergyWindow] = []
         self._unread: list[EnergyWindow] = []
         self._ledger: dict[str, LedgerEntry] = {}
         self._closed = False
+        self._beat_s = -1.0
         self.samplers = tuple(
-            DeviceSampler(reader, clock=self.clock, period_s=period_s, system=self.system, phase=self._phase)
+            DeviceSampler(
+                reader, clock=self.clock, period_s=period_s, system=self.system, phase=self._phase, beat=self._beat
+            )
             for reader in readers
         )
         for sampler in self.samplers if threads else ():
@@ -133,41 +150,46 @@ class EnergyMonitor:
             allow_cpu: measure (RAPL) or model the CPU where no GPU was given.
             cpu_parallel: trials that run on this host at the same time; RAPL serves one only.
             period_s: spacing of the samples in the history.
-            profile: a `PowerBaseline`, or anything with `idle_w` and `context_w`, from which idle joules are separated.
+            profile: a `PowerBaseline`, or anything with `idle_w` and `context_w` (itself or as its `baseline`).
             torch_device: measure only this one of the assigned devices ("cuda:1"); "cpu" measures none of the GPUs.
-            history_path: a file that samples are appended to, so that they outlive a killed process.
+            history_path: a file that samples and the ledger are appended to, so that they outlive a killed process.
         """
-        readers, flags, shared = _find(torch_device, allow_cpu, cpu_parallel)
+        found = find_readers(torch_device=torch_device, allow_cpu=allow_cpu, cpu_parallel=cpu_parallel)
         system = GpuSystemMonitor(path=history_path)
-        monitor = cls(readers, period_s=period_s, baselines=_baseline(profile), system=system, flags=flags)
-        monitor.shared_share = shared
-        return monitor
+        return cls(
+            found.readers,
+            period_s=period_s,
+            baseline=_baseline(profile),
+            system=system,
+            flags=found.flags,
+            shared=found.shared,
+        )
 
-    # -- what it is --------------------------------------------------------------------------------------------------
+    # -- what it is ----------------------------------------------------------------------------------------------------
 
     @property
     def devices(self) -> tuple[DeviceInfo, ...]:
+        """The devices that are measured."""
         return tuple(sampler.reader.info for sampler in self.samplers)
 
     @property
     def source(self) -> str | None:
-        """The least trustworthy source among the devices; None when nothing is measured."""
-        sources = [sampler.source for sampler in self.samplers]
-        order = ("modelled", "rapl", "integrated", "counter")
-        known = [source for source in sources if source is not None]
-        return min(known, key=order.index) if known and len(known) == len(sources) else None
+        """Where the joules come from, of several devices the least trustworthy source; None when nothing is measured."""
+        return least_trusted([sampler.source for sampler in self.samplers])
 
-    # -- windows -----------------------------------------------------------------------------------------------------
+    # -- windows -------------------------------------------------------------------------------------------------------
 
     def window(self, name: str, *, modelled_power_w: float | None = None) -> EnergyWindow:
         """A span to measure; `modelled_power_w` is kept beside the measured watts in the history."""
         return EnergyWindow(self, name, modelled_power_w)
 
     def ledger(self) -> dict[str, LedgerEntry]:
-        """Cumulative joules by window name, at any time: closed windows in full, open ones up to now."""
+        """Cumulative joules by window name, at any time and from any thread: open windows count up to now."""
+        if self._forked():
+            return {}
         with self._lock:
             for window in [w for w in self._unread if all(span.settled.is_set() for span in w.spans)]:
-                window.measurement  # noqa: B018 - enters the ledger
+                window.measurement  # noqa: B018 - reading it enters it into the ledger
             entries = dict(self._ledger)
             waiting = [(w, w.end_s) for w in self._unread] + [(w, None) for w in self._open_windows]
         for window, end_s in waiting:
@@ -175,11 +197,11 @@ class EnergyMonitor:
         return entries
 
     def close(self) -> None:
-        """Stop the samplers and settle what is open. Safe to call twice, and in a forked child."""
+        """Stop the samplers and settle what was closed. Safe to call twice, and in a forked child."""
         if self._closed:
             return
         self._closed = True
-        if os.getpid() == self._pid:
+        if not self._forked():
             for sampler in self.samplers:
                 sampler.stop()
             self.system.close()
@@ -190,113 +212,125 @@ class EnergyMonitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- behind the windows ------------------------------------------------------------------------------------------
+    # -- behind the windows --------------------------------------------------------------------------------------------
 
     def _forked(self) -> bool:
+        """Whether this is a child of the process that made the monitor: it has no sampler, and locks may be held for
+        ever.
+        """
         return os.getpid() != self._pid
 
     def _phase(self) -> tuple[str | None, float | None]:
-        windows = self._open_windows
-        innermost = windows[-1] if windows else None
-        return (innermost.name, innermost.modelled_power_w) if innermost else (None, None)
+        innermost = self._open_windows[-1:]
+        return (innermost[0].name, innermost[0].modelled_power_w) if innermost else (None, None)
+
+    def _beat(self, now: float) -> None:
+        """Write the ledger beside the history once a second, for whoever looks after this process was killed."""
+        if self.system.path is not None and now - self._beat_s >= BEAT_S:
+            self._beat_s = now
+            ledger = {name: dataclasses.asdict(entry) for name, entry in self.ledger().items()}
+            self.system.spill({"time_s": now, "ledger": ledger})
 
     def _open(self, window: EnergyWindow) -> float:
         if self._forked():
             window.flags.setdefault("forked")
             return self.clock.monotonic()
-        flag = synchronize()
-        if flag:
-            window.flags.setdefault(flag)
+        window.flag(synchronize())
         now = self.clock.monotonic()
-        with self._lock:
-            if not self._closed:
-                for sampler in self.samplers:
-                    sampler.watch()
-                window.spans = tuple(sampler.open_span(now) for sampler in self.samplers)
-            else:
-                window.flags.setdefault("monitor_closed")
+        with window.caught(), self._lock:
+            window.flag("monitor_closed" if self._closed else None)
+            for sampler in self.samplers if not self._closed else ():
+                sampler.watch()
+                window.spans.append(sampler.open_span(now))
             self._open_windows.append(window)
         return now
 
     def _close(self, window: EnergyWindow) -> float:
         if self._forked():
-            window.flags.setdefault("forked")
-            window.spans = ()
+            window.flag("forked")
+            window.spans.clear()
             return self.clock.monotonic()
-        flag = synchronize()
-        if flag:
-            window.flags.setdefault(flag)
+        window.flag(synchronize())
         now = self.clock.monotonic()
-        with self._lock:
+        with window.caught(), self._lock:
+            window.flag("monitor_closed" if self._closed else None)
             for sampler, span in zip(self.samplers, window.spans, strict=False):
-                sampler.close_span(span, now)
                 sampler.watch()
+                sampler.close_span(span, now)
             self._open_windows.remove(window)
             self._unread.append(window)
         return now
 
     def _measure(self, window: EnergyWindow) -> Measurement:
-        deadline = time.monotonic() + SETTLE_S
-        for sampler, span in zip(self.samplers, window.spans, strict=False):
-            if self._closed or self._forked():
-                break
-            if sampler.thread is None:
-                while not span.settled.is_set():
-                    sampler.tick()
-            elif not span.settled.wait(max(deadline - time.monotonic(), 0.0)):
-                sampler.watch()
-                span.flags.setdefault("unsettled")
-                sampler.settle(force=True)
+        if self._forked():
+            window.flag("forked")
+            window.spans.clear()
+            return self._result(window)
+        with window.caught():
+            self._wait(window)
         with self._lock:
             result = self._result(window)
             if window in self._unread:
                 self._unread.remove(window)
-                entry = LedgerEntry(
-                    energy_j=result.energy_j, duration_s=result.duration_s, windows=1, open=0, flags=result.flags
-                )
-                self._ledger[window.name] = _add(self._ledger.get(window.name), entry)
+                self._ledger[window.name] = _add(self._ledger.get(window.name), _entry(result))
         return result
+
+    def _wait(self, window: EnergyWindow) -> None:
+        """Until the sampler has seen what lies beyond the window's end, but not for ever."""
+        deadline = time.monotonic() + SETTLE_S
+        for sampler, span in zip(self.samplers, window.spans, strict=False):
+            while sampler.thread is None and not span.settled.is_set() and not self._closed:
+                sampler.tick()
+            if not self._closed and not span.settled.wait(max(deadline - time.monotonic(), 0.0)):
+                sampler.watch()
+                span.flags.setdefault("unsettled")
+                sampler.settle(force=True)
 
     def _result(self, window: EnergyWindow) -> Measurement:
         assert window.start_s is not None
         assert window.end_s is not None
-        duration = window.end_s - window.start_s
         parts = [
-            span.measurement(window.name, sampler.reader, self._baseline_of(sampler.reader.info), sampler.min_window_s)
+            span.measurement(window.name, sampler.reader, self._baseline, sampler.min_window_s)
             for sampler, span in zip(self.samplers, window.spans, strict=False)
         ]
-        if self.shared_share:
+        if self._shared:
             parts = [dataclasses.replace(part, shared=True, flags=(*part.flags, "gpu_fraction")) for part in parts]
         flags = (*self.flags, *window.flags, *self.system.flags)
-        return combine(window.name, duration, parts, flags)
-
-    def _baseline_of(self, device: DeviceInfo) -> PowerBaseline:
-        if isinstance(self._baselines, PowerBaseline):
-            return self._baselines if device.kind == "gpu" else PowerBaseline()
-        return (self._baselines or {}).get(device.device_id, PowerBaseline())
+        return combine(window.name, window.end_s - window.start_s, parts, flags)
 
     def _so_far(self, window: EnergyWindow, end_s: float | None) -> LedgerEntry:
         now = end_s if end_s is not None else self.clock.monotonic()
         start_s = window.start_s if window.start_s is not None else now
-        total: float | None = 0.0 if window.spans else None
+        parts: list[float | None] = []
         for sampler, span in zip(self.samplers, window.spans, strict=False):
-            first = span.start or sampler.cumulative(start_s)
-            last = sampler.cumulative(now)
-            known = first is not None and last is not None and total is not None
-            total = total + max(last.energy_j - first.energy_j, 0.0) if known else None  # type: ignore[operator, union-attr]
+            first, last = span.start or sampler.cumulative(start_s), sampler.cumulative(now)
+            parts.append(max(last.energy_j - first.energy_j, 0.0) if first is not None and last is not None else None)
         is_open = end_s is None
-        return LedgerEntry(energy_j=total, duration_s=now - start_s, windows=int(not is_open), open=int(is_open))
+        return LedgerEntry(energy_j=total(parts), duration_s=now - start_s, windows=int(not is_open), open=int(is_open))
+
+
+def _entry(result: Measurement) -> LedgerEntry:
+    return LedgerEntry(
+        energy_j=result.energy_j,
+        duration_s=result.duration_s,
+        windows=1,
+        open=0,
+        unmeasured_s=result.duration_s if result.energy_j is None else 0.0,
+        flags=result.flags,
+    )
 
 
 def _add(entry: LedgerEntry | None, more: LedgerEntry) -> LedgerEntry:
+    """Two entries of one name; joules of windows that could not be measured are missing, and their time says so."""
     if entry is None:
         return more
-    known = entry.energy_j is not None and more.energy_j is not None
+    known = [j for j in (entry.energy_j, more.energy_j) if j is not None]
     return LedgerEntry(
-        energy_j=entry.energy_j + more.energy_j if known else None,  # type: ignore[operator]
+        energy_j=sum(known) if known else None,
         duration_s=entry.duration_s + more.duration_s,
         windows=entry.windows + more.windows,
         open=entry.open + more.open,
+        unmeasured_s=entry.unmeasured_s + more.unmeasured_s,
         flags=tuple(dict.fromkeys((*entry.flags, *more.flags))),
     )
 
@@ -306,49 +340,3 @@ def _baseline(profile: object) -> PowerBaseline | None:
         return profile
     source: Any = getattr(profile, "baseline", profile)
     return PowerBaseline(idle_w=getattr(source, "idle_w", None), context_w=getattr(source, "context_w", None))
-
-
-def _find(
-    torch_device: object, allow_cpu: bool, cpu_parallel: int
-) -> tuple[list[DeviceReader], list[str], bool | None]:
-    """Readers of the devices this process was given, flags, and whether only a share of a GPU was given."""
-    flags: list[str] = []
-    wanted = str(torch_device) if torch_device is not None else None
-    if wanted is None or wanted.startswith("cuda"):
-        try:
-            readers, shared = _find_gpus(wanted, flags)
-            if readers:
-                return readers, flags, shared
-        except (SourceUnavailableError, ReadError) as error:
-            flags.append(f"nvml_unavailable:{error}")
-        if gpu_host() and (wanted is not None or flags):
-            return [], flags, None  # a GPU does the work and cannot be measured: the CPU's joules would mislead
-    if not allow_cpu:
-        return [], [*flags, "no_gpu_assigned"], None
-    return [_cpu_reader(cpu_parallel, flags)], [flag for flag in flags if not flag.startswith("nvml_unavailable")], None
-
-
-def _find_gpus(wanted: str | None, flags: list[str]) -> tuple[list[DeviceReader], bool | None]:
-    nvml = Nvml()
-    given = assigned(nvml)
-    flags.extend(given.flags)
-    uuids = given.uuids
-    if wanted is not None:
-        index = int(wanted.partition(":")[2] or 0)
-        uuids = uuids[index : index + 1]
-    readers: list[DeviceReader] = []
-    for uuid in uuids:
-        try:
-            readers.append(nvml.open(uuid))
-        except ReadError as error:
-            flags.append(f"gpu_unreadable:{uuid}:{error}")
-    return readers, given.shared
-
-
-def _cpu_reader(cpu_parallel: int, flags: list[str]) -> DeviceReader:
-    if cpu_parallel == 1:
-        try:
-            return RaplReader()
-        except (SourceUnavailableError, ReadError):
-            pass
-    return CpuTimeReader()

@@ -10,6 +10,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from hwcost.readers import (
@@ -101,7 +102,7 @@ class Nvml:
             raise ReadError(f"{name}: {error}") from error
 
     def driver_version(self) -> str | None:
-        return self._maybe(lambda: _text(self.module.nvmlSystemGetDriverVersion()))
+        return self.maybe(lambda: _text(self.module.nvmlSystemGetDriverVersion()))
 
     def count(self) -> int:
         with self.translate():
@@ -109,7 +110,10 @@ class Nvml:
 
     def uuids(self) -> tuple[str | None, ...]:
         """UUIDs of the boards in NVML's (PCI bus) order; None for a board that cannot be asked."""
-        return tuple(self._maybe(lambda i=i: self.uuid(self.handle(i))) for i in range(self.count()))  # type: ignore[misc]
+        return tuple(self.maybe(partial(self._uuid_at, i)) for i in range(self.count()))
+
+    def _uuid_at(self, index: int) -> str:
+        return self.uuid(self.handle(index))
 
     def handle(self, index: int) -> Any:
         with self.translate():
@@ -125,20 +129,19 @@ class Nvml:
 
     def mig_uuids(self, index: int) -> tuple[str, ...]:
         """UUIDs of a board's MIG instances; empty where MIG is off."""
-        module = self.module
-        found = []
-        for i in range(self._maybe(lambda: int(module.nvmlDeviceGetMaxMigDeviceCount(self.handle(index)))) or 0):
-            instance = self._maybe(lambda i=i: module.nvmlDeviceGetMigDeviceHandleByIndex(self.handle(index), i))
-            uuid = self._maybe(lambda h=instance: self.uuid(h)) if instance is not None else None
-            if uuid:
-                found.append(uuid)
-        return tuple(found)
+        board = self.maybe(partial(self.handle, index))
+        count = self.maybe(lambda: int(self.module.nvmlDeviceGetMaxMigDeviceCount(board))) if board is not None else 0
+        return tuple(filter(None, (self.maybe(partial(self._mig_uuid, board, i)) for i in range(count or 0))))
+
+    def _mig_uuid(self, board: Any, index: int) -> str:
+        return self.uuid(self.module.nvmlDeviceGetMigDeviceHandleByIndex(board, index))
 
     def open(self, uuid: str) -> NvmlReader:
         """A reader of the board or MIG instance of that UUID."""
         return NvmlReader(self, uuid)
 
-    def _maybe(self, call: Callable[[], Any]) -> Any:
+    def maybe(self, call: Callable[[], Any]) -> Any:
+        """What a call gives, or None where it fails."""
         try:
             with self.translate():
                 return call()
@@ -160,12 +163,12 @@ class NvmlReader:
             with nvml.translate():
                 handle = nvml.module.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
         self.handle = handle
-        self.notes = (*nvml.notes, *(("mig_board_energy",) if self.mig else ()))
+        self.notes: tuple[str, ...] = (*nvml.notes, *(("mig_board_energy",) if self.mig else ()))
         self.info = self._describe(uuid)
         self._averaged_power = False
 
     def _describe(self, uuid: str) -> DeviceInfo:
-        module, handle, maybe = self.nvml.module, self.handle, self.nvml._maybe
+        module, handle, maybe = self.nvml.module, self.handle, self.nvml.maybe
         limit_mw = maybe(lambda: module.nvmlDeviceGetEnforcedPowerLimit(handle))
         return DeviceInfo(
             device_id=uuid,

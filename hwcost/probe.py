@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -15,7 +16,8 @@ SLOW_S = 1e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FieldProbe:
-    """One field of one device. `value` and `cost_s` are None where it cannot be read (`reason` says why); `period_s` is None
+    """One field of one device. `value` and `cost_s` are None where it cannot be read (`reason` says why); `period_s` is
+    None
     where it did not change often enough to tell."""
 
     field: str
@@ -66,7 +68,7 @@ def _probe(field: str, call: Callable[[], Any], seconds: float) -> FieldProbe:
                 time.sleep(SLOW_S)
     except ReadError as error:
         return FieldProbe(field=field, reason=str(error) or type(error).__name__)
-    gaps = [b - a for a, b in zip(changes, changes[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(changes)]
     return FieldProbe(
         field=field,
         value=value,
@@ -86,5 +88,5 @@ class _Ring:
         samples = self.reader.power_ring(0)
         stamps = [stamp for stamp, _ in samples]
         if len(stamps) > 2:
-            self.spacing_s = 1e-6 * statistics.median(b - a for a, b in zip(stamps, stamps[1:], strict=False))
+            self.spacing_s = 1e-6 * statistics.median(b - a for a, b in itertools.pairwise(stamps))
         return len(samples)

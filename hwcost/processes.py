@@ -35,8 +35,8 @@ def own_process_uses_cuda() -> bool:
 def occupancy(processes: object, *, uses_cuda: bool | None = None) -> Occupancy | None:
     """Count the processes that are not ours; None when the list could not be read.
 
-    Inside a container NVML may list the ids of the host. A process that holds a context but does not find itself in the list
-    takes one entry to be itself.
+    Inside a container NVML may list the ids of the host. A process that holds a context but does not find itself in the
+    list takes one entry to be itself.
     """
     if processes is None:
         return None
@@ -79,7 +79,9 @@ def _same_user(pid: int) -> bool:
 
 
 def synchronize() -> str | None:
-    """Wait for the work this process gave to its GPUs; a failure is returned as a flag. Without a CUDA context: nothing."""
+    """Wait for the work this process gave to its GPUs; a failure is returned as a flag. Without a CUDA context:
+    nothing.
+    """
     if not own_process_uses_cuda():
         return None
     torch = sys.modules["torch"]

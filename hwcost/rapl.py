@@ -50,11 +50,12 @@ class RaplReader(UnreadableFields):
     stepped = False
 
     def __init__(self, root: Path | str | None = None) -> None:
-        self.zones = find_zones(Path(root or os.environ.get("JOULEMOE_POWERCAP", POWERCAP)))
+        self.zones = find_zones(Path(root or os.environ.get("JOULEMOE_POWERCAP") or POWERCAP))
         if not any(zone.name.startswith("package") for zone in self.zones):
             raise SourceUnavailableError("no readable RAPL package counter under /sys/class/powercap")
         self.info = DeviceInfo(device_id="cpu", kind="cpu", name=platform.processor() or platform.machine() or None)
-        self.notes = () if any(zone.name == "dram" for zone in self.zones) else ("rapl_without_dram",)
+        dram = any(zone.name == "dram" for zone in self.zones)
+        self.notes: tuple[str, ...] = () if dram else ("rapl_without_dram",)
         self._last_uj = [self._read_uj(zone) for zone in self.zones]
         self._total_uj = 0
 

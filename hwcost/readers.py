@@ -1,7 +1,7 @@
 """What a device that draws power can tell, and the errors of asking it.
 
-Everything above this file (integration, sampling, windows) knows devices only through `DeviceReader`. NVML, RAPL and the
-CPU model each translate their own errors into the three below, once.
+Everything above this file (integration, sampling, windows) knows devices only through `DeviceReader`. NVML, RAPL and
+the CPU model each translate their own errors into the three below, once.
 """
 
 from __future__ import annotations

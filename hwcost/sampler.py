@@ -28,6 +28,7 @@ class DeviceSampler:
 
     Args:
         phase: name of the innermost open window and its modelled watts, for the history.
+        beat: called with the time after every entry into the history.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class DeviceSampler:
         period_s: float,
         system: GpuSystemMonitor,
         phase: Callable[[], tuple[str | None, float | None]],
+        beat: Callable[[float], None],
     ) -> None:
-        self.reader, self.clock, self.period_s, self.system, self.phase = reader, clock, period_s, system, phase
+        self.reader, self.clock, self.period_s = reader, clock, period_s
+        self.system, self.phase, self.beat = system, phase, beat
         self.guard = Guard(flag=self.note, stand=self.stand)
         self.curve = CounterCurve(limit_w=reader.info.power_limit_w)
         self.instant, self.ring = PowerIntegral(), PowerIntegral(gap_s=0.25)
@@ -49,7 +52,7 @@ class DeviceSampler:
         self.thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.counter = CounterFollower(self._read_counter, self._add_knot, clock, self._stop)
-        self._standing: dict[str, None] = dict.fromkeys(reader.notes)
+        self._standing: dict[str, None] = {}
         self._spans: list[Span] = []
         self._lock = threading.RLock()
         self._read_lock = threading.Lock()
@@ -99,7 +102,7 @@ class DeviceSampler:
     def open_span(self, time_s: float) -> Span:
         """Begin to measure a window."""
         with self._lock:
-            span = Span(time_s, tuple(self._standing))
+            span = Span(time_s, (*self.reader.notes, *self._standing))
             span.see(self._occupancy)
             self._spans.append(span)
         if not self.reader.stepped:
@@ -279,6 +282,7 @@ class DeviceSampler:
             for span in self._spans:
                 span.add(sample)
                 span.see(self._occupancy)
+        self.beat(now)
 
     def _drain_ring(self) -> None:
         """Take what the driver's ring of power samples gained, its stamps mapped to the monotonic clock."""

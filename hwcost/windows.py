@@ -20,13 +20,11 @@ class Measurement:
 
     Attributes:
         energy_j: all joules of the span.
-        uncertainty_j: its standard uncertainty from edges and gaps; a constant error of the board's sensor is not in it.
-        idle_j, context_j, dynamic_j: idle watts × time, what contexts add, and the rest; None without a baseline.
-        integral_j: the same span from sampled power, beside the counter.
-        source: counter, integrated, rapl or modelled.
-        coverage: share of the span for which joules are known.
-        throttled: heat or power held the clocks down. shared: somebody else used the device.
-        flags: what was wrong, one word each.
+        uncertainty_j: its standard uncertainty from edges and gaps; a constant error of the board's sensor is not in
+        it. idle_j, context_j, dynamic_j: idle watts × time, what contexts add, and the rest; None without a baseline.
+        integral_j: the same span from sampled power, beside the counter. source: counter, integrated, rapl or modelled.
+        coverage: share of the span for which joules are known. throttled: heat or power held the clocks down. shared:
+        somebody else used the device. flags: what was wrong, one word each.
     """
 
     name: str
@@ -107,7 +105,8 @@ class Span:
             [] if self._throttle is None else [word for bit, word in THROTTLE_REASONS.items() if self._throttle & bit]
         )
         energy, sigma, coverage = self._energy(duration, min_s)
-        idle, context, dynamic = _separate(energy, duration, baseline, self.context)
+        watts = baseline if reader.info.kind == "gpu" else PowerBaseline()
+        idle, context, dynamic = _separate(energy, duration, watts, self.context)
         return Measurement(
             name=name,
             device_id=reader.info.device_id,
@@ -170,26 +169,24 @@ def _separate(
 
 def combine(name: str, duration_s: float, parts: Sequence[Measurement], flags: Sequence[str]) -> Measurement:
     """The total over devices. Joules are known only if every device's are; the source is the least trustworthy one."""
-    order = ("modelled", "rapl", "integrated", "counter")
-    sources = [part.source for part in parts if part.source]
-    energy = _total([part.energy_j for part in parts])
+    energy = total([part.energy_j for part in parts])
     sigmas = [part.uncertainty_j for part in parts]
     known = [s for s in sigmas if s is not None]
     return Measurement(
         name=name,
         energy_j=energy,
         uncertainty_j=math.hypot(*known) if energy is not None and len(known) == len(parts) else None,
-        idle_j=_total([part.idle_j for part in parts]),
-        context_j=_total([part.context_j for part in parts]),
-        dynamic_j=_total([part.dynamic_j for part in parts]),
-        integral_j=_total([part.integral_j for part in parts]),
+        idle_j=total([part.idle_j for part in parts]),
+        context_j=total([part.context_j for part in parts]),
+        dynamic_j=total([part.dynamic_j for part in parts]),
+        integral_j=total([part.integral_j for part in parts]),
         duration_s=duration_s,
-        mean_power_w=_total([part.mean_power_w for part in parts]),
-        peak_power_w=_total([part.peak_power_w for part in parts]),
+        mean_power_w=total([part.mean_power_w for part in parts]),
+        peak_power_w=total([part.peak_power_w for part in parts]),
         mean_temperature_c=_mean([part.mean_temperature_c for part in parts]),
         max_temperature_c=max((p.max_temperature_c for p in parts if p.max_temperature_c is not None), default=None),
         max_memory_bytes=max((p.max_memory_bytes for p in parts if p.max_memory_bytes is not None), default=None),
-        source=min(sources, key=order.index) if sources and energy is not None else None,
+        source=least_trusted([part.source for part in parts]) if energy is not None else None,
         coverage=min((part.coverage for part in parts), default=0.0),
         throttled=_any([part.throttled for part in parts]),
         shared=_any([part.shared for part in parts]),
@@ -198,7 +195,15 @@ def combine(name: str, duration_s: float, parts: Sequence[Measurement], flags: S
     )
 
 
-def _total(values: Sequence[float | None]) -> float | None:
+def least_trusted(sources: Sequence[str | None]) -> str | None:
+    """The least trustworthy of several sources; None if one is unknown, or none is given."""
+    order = ("modelled", "rapl", "integrated", "counter")
+    known = [source for source in sources if source is not None]
+    return min(known, key=order.index) if known and len(known) == len(sources) else None
+
+
+def total(values: Sequence[float | None]) -> float | None:
+    """The sum; None if one is unknown, or none is given."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
 

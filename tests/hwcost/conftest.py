@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hwcost import EnergyMonitor, EnergyWindow
-from hwcost.monitor import _find
+from hwcost.devices import find_readers
 from tests.hwcost.fake_nvml import Board, World, fake_pynvml
 
 
@@ -36,9 +36,10 @@ class Bench:
         """A monitor that has had time to learn the counter's period. NVML calls to replace start with `nvml`."""
         replaced = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("nvml")}
         self.install(visible, **replaced)
-        readers, flags, shared = _find(None, True, 1)
-        monitor = EnergyMonitor(readers, clock=self.world, threads=False, flags=flags, **kwargs)
-        monitor.shared_share = shared
+        found = find_readers()
+        monitor = EnergyMonitor(
+            found.readers, clock=self.world, threads=False, flags=found.flags, shared=found.shared, **kwargs
+        )
         self.run(monitor, settle_s)
         return monitor
 
