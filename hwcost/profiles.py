@@ -40,6 +40,7 @@ class Profile:
         name: of the profile. gpu_name, power_limit_w: the device it was calibrated on.
         analytic: True where the coefficients were reasoned, not measured.
         idle_w, context_w: watts without a CUDA context, and what a context adds.
+        active_w: what a busy GPU draws beside, whatever it computes (clocks, fans, leakage at the reference).
         energy: joules per unit of each counter of `hwcost.ops.COUNTERS`.
         seconds: seconds per unit of each counter.
         leak_w_per_c, leak_from_c: P_leak = leak_w_per_c · max(0, T − leak_from_c).
@@ -56,6 +57,7 @@ class Profile:
     analytic: bool = False
     idle_w: float
     context_w: float
+    active_w: float = 0.0
     energy: Mapping[str, float]
     seconds: Mapping[str, float]
     leak_w_per_c: float = 0.0
@@ -147,6 +149,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 def shipped_profiles() -> Iterator[Profile]:
     """The profiles that come with the package, in order of file name."""
     folder = resources.files("hwcost") / "profiles"
+    if not folder.is_dir():
+        return
     for entry in sorted(folder.iterdir(), key=lambda item: item.name):
         if entry.name.endswith(".json"):
             yield parse_profile(entry.read_text(encoding="utf-8"), source=entry.name)
