@@ -91,7 +91,8 @@ class CounterFollower:
     def _await_step(self, period: float) -> None:
         """Sleep until shortly before the next step is due, then read until the counter moves."""
         now = self._clock.monotonic()
-        expected = self._step_s + max(1, round(KNOT_S / period)) * period
+        stride = max(1, round(KNOT_S / period))
+        expected = self._step_s + stride * period
         if expected < now:
             expected += math.ceil((now - expected) / period) * period
         if self._clock.wait(self._stop, expected - self._margin_s - now):
@@ -103,6 +104,8 @@ class CounterFollower:
                 self._clock.wait(self._stop, period)
                 return
             raw, middle, _ = got
+            if before is None and stride > 1:
+                self._raw_j = raw  # it stepped while we slept
             if raw != self._raw_j:
                 self._stepped(raw, middle, before, period)
                 return

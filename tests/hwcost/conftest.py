@@ -44,17 +44,23 @@ class Bench:
         return monitor
 
     def run(self, monitor: EnergyMonitor, seconds: float) -> None:
-        """Let time pass with the samplers at work; ends exactly at the right time."""
+        """Let time pass with the samplers at work."""
         end = self.world.now + seconds
-        while self.world.now < end - 0.25:
+        while self.world.now < end:
             for sampler in monitor.samplers:
                 sampler.tick()
-        self.world.advance(max(end - self.world.now, 0.0))
+            if not monitor.samplers:
+                self.world.advance(0.1)
 
-    def measure(self, monitor: EnergyMonitor, seconds: float, name: str = "w") -> EnergyWindow:
-        with monitor.window(name) as window:
-            self.run(monitor, seconds)
-        return window
+    def measure(self, monitor: EnergyMonitor, seconds: float, name: str = "w", count: int = 1) -> list[EnergyWindow]:
+        """Windows that touch, their edges wherever the sampler happens to be."""
+        windows = [monitor.window(name) for _ in range(count)]
+        start = self.world.now + 0.0137
+        for i, window in enumerate(windows):
+            self.world.at(start + i * seconds, window.__enter__)
+            self.world.at(start + (i + 1) * seconds, lambda w=window: w.__exit__(None, None, None))
+        self.run(monitor, 0.0137 + count * seconds + 0.3)
+        return windows
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
-"""A stand-in for the module `pynvml`: boards whose true joules are known, on a clock that moves only when it is told to.
+"""A stand-in for the module `pynvml`: boards whose true joules are known, on a clock that moves only when told to.
 
-The real code of hwcost/nvml.py runs against it. Behaviour follows what was seen on an H200: the counter moves in steps of
-100 ms and takes 3 ms to read, the ring holds 119 samples 20 ms apart.
+The real code of hwcost/nvml.py runs against it. Behaviour follows what was seen on an H200: the counter moves in steps
+of 100 ms and takes 3 ms to read, the ring holds 119 samples 20 ms apart.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -38,14 +39,34 @@ class World:
         return False
 
     def advance(self, seconds: float) -> None:
-        self.now += seconds
-        for hook in [h for h in self.hooks if h[0] <= self.now]:
-            self.hooks.remove(hook)
-            hook[1]()
+        end = self.now + seconds
+        while due := sorted((h for h in self.hooks if h[0] <= end), key=lambda h: h[0]):
+            self.hooks.remove(due[0])
+            self.now = max(self.now, due[0][0])
+            due[0][1]()
+        self.now = max(self.now, end)
 
     def at(self, time_s: float, action: Callable[[], None]) -> None:
         """Run an action when time has reached `time_s`."""
         self.hooks.append((time_s, action))
+
+
+class RealTime(World):
+    """The machine's own clock, for tests with real signals."""
+
+    def __init__(self) -> None:
+        self.hooks = []
+        self.wall_shift = time.time() - time.monotonic() - WALL_0
+
+    @property  # type: ignore[override]
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        return event.wait(max(seconds, 0.0))
+
+    def advance(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 class NVMLError(Exception):
@@ -57,8 +78,15 @@ class NVMLError(Exception):
 ERRORS = {
     name: type(f"NVMLError_{name}", (NVMLError,), {})
     for name in (
-        "LibraryNotFound DriverNotLoaded LibRmVersionMismatch NotSupported NoPermission GpuIsLost NotFound Unknown Uninitialized"
-    ).split()
+        "LibraryNotFound",
+        "DriverNotLoaded",
+        "LibRmVersionMismatch",
+        "NotSupported",
+        "NoPermission",
+        "GpuIsLost",
+        "NotFound",
+        "Unknown",
+    )
 }
 CODES = {"NotSupported": 3, "NoPermission": 4, "GpuIsLost": 15}
 
@@ -160,7 +188,7 @@ def fake_pynvml(boards: list[Board], **replaced: Callable[..., Any]) -> types.Mo
         "nvmlDeviceGetHandleByIndex": lambda i: boards[i],
         "nvmlDeviceGetHandleByUUID": by_uuid,
         "nvmlDeviceGetUUID": lambda board: board.uuid,
-        "nvmlDeviceGetIndex": lambda board: boards.index(board),
+        "nvmlDeviceGetIndex": boards.index,
         "nvmlDeviceGetName": lambda board: board.name,
         "nvmlDeviceGetMaxMigDeviceCount": fail("NotSupported"),
         "nvmlDeviceGetEnforcedPowerLimit": lambda board: int(1e3 * board.limit_w),
