@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe import kernels
+from moe import decode_kernels, kernels
 from moe.dispatch import Weights, loop
 
 TILE = kernels.TILE
@@ -37,10 +37,10 @@ class Tiles(NamedTuple):
 
 
 TILES: dict[str, Tiles] = {
-    "up": Tiles(128, 128, 64, 4, 3),
-    "up_backward": Tiles(128, 128, 64, 4, 3),
-    "down": Tiles(128, 128, 64, 4, 3),
-    "weight": Tiles(128, 128, 64, 4, 3),
+    "up": Tiles(128, 128, 64, 4, 2),
+    "up_backward": Tiles(128, 128, 64, 4, 2),
+    "down": Tiles(128, 256, 32, 8, 4),
+    "weight": Tiles(128, 256, 32, 8, 4),
 }
 # Half the reduction per step keeps four-byte operands within shared memory.
 TILES_FP32 = {name: Tiles(64, 64, 32, 4, 2) for name in TILES}
@@ -175,6 +175,7 @@ def to_neurons(
         W,
         tiles,
         BACKWARD=backward,
+        EXACT=rows_RD.dtype == torch.float32,
         TILE=TILE,
         BM=t.m,
         BN=t.n,
@@ -353,21 +354,21 @@ def decode_experts(
     blocks = _expert_of_block(tuple(widths), DECODE_NEURONS, x_TD.device)
     hidden_TP = x_TD.new_empty(T, P)
     precision, tokens = _precision(x_TD.dtype), max(16, triton.next_power_of_2(T))
-    kernels.decode_up[(P // DECODE_NEURONS,)](
+    decode_kernels.decode_up[(P // DECODE_NEURONS,)](
         x_TD, slot_TK, weight_TK, up_PD, up_bias_P, hidden_TP, blocks, T, D, P,
         K=K, BT=tokens, BP=DECODE_NEURONS, BK=64, PRECISION=precision, num_warps=4, num_stages=4,
     )  # fmt: skip
     first_S, last_S, expert_S = _splits(tuple(widths), DECODE_SPLIT, x_TD.device)
     splits = expert_S.numel()
     partial_STD = x_TD.new_empty(splits, T, D, dtype=torch.float32)
-    kernels.decode_down[(triton.cdiv(D, DECODE_COLUMNS), splits)](
+    decode_kernels.decode_down[(triton.cdiv(D, DECODE_COLUMNS), splits)](
         hidden_TP, slot_TK, down_PD, partial_STD, first_S, last_S, expert_S, T, D, P, T * K,
         BT=tokens, BC=triton.next_power_of_2(T * K), BN=DECODE_COLUMNS, BK=64,
         PRECISION=precision, num_warps=4, num_stages=4,
     )  # fmt: skip
     y_TD = torch.empty_like(x_TD)
-    kernels.decode_sum[(T, triton.cdiv(D, 256))](
-        partial_STD, slot_TK, weight_TK, down_bias_ND, y_TD, T, D, K=K, SPLITS=splits, BN=256, num_warps=2
+    decode_kernels.decode_sum[(T, triton.cdiv(D, 256))](
+        partial_STD, slot_TK, weight_TK, down_bias_ND, y_TD, T, D, K=K, SPLITS=splits, RESIDUAL=False, BN=256, num_warps=2
     )
     return y_TD
 

@@ -173,10 +173,20 @@ def sum_partials(partial_GW, start_N, offset_N, total, W, ROWS: tl.constexpr, RA
 
 
 @triton.jit
-def _gelu_parts(u):
-    """sigmoid(2v) and dv/du of GPT-2's tanh GELU, which is u * sigmoid(2v), v = sqrt(2/pi) (u + 0.044715 u^3)."""
-    s = tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
-    return s, 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+def _gelu_parts(u, EXACT: tl.constexpr):
+    """sigmoid(2v) and 2 dv/du of GPT-2's tanh GELU, which is u * sigmoid(2v), v = sqrt(2/pi) (u + 0.044715 u^3).
+
+    Without EXACT the reciprocal is the hardware's (1 ulp), which shortens the epilogue of a 16-bit product.
+    """
+    square = u * u
+    exponential = tl.exp2(-u * (2.302208198 + 0.1029432397 * square))  # factors of log2(e) folded in
+    if EXACT:
+        s = 1.0 / (1.0 + exponential)
+    else:
+        s = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + exponential], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return s, 1.5957691216057308 + 0.2140644488 * square
 
 
 @triton.jit
@@ -202,6 +212,7 @@ def rows_to_neurons(
     W,
     tiles,
     BACKWARD: tl.constexpr,
+    EXACT: tl.constexpr,
     TILE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -228,16 +239,15 @@ def rows_to_neurons(
             col = f * BN + tl.arange(0, BN)
             if BACKWARD:
                 pre = pre_desc.load([m * BM, f * BN]).to(tl.float32)
-                s, slope = _gelu_parts(pre)
-                out = (acc * (s + pre * s * (1.0 - s) * slope)).to(out_desc.dtype)
+                s, slope = _gelu_parts(pre, EXACT)
+                out = (acc * (s + pre * s * (1.0 - s) * slope)).to(out_desc.dtype)  # 16 bits: half the registers
                 out_desc.store([m * BM, f * BN], out)
                 tl.store(partial_MW + m * W + col, tl.sum(out.to(tl.float32), 0), mask=col < width)
             else:
                 bias = tl.load(bias_P + offset + col, mask=col < width, other=0.0)
-                pre_low = (acc + bias.to(tl.float32)[None, :]).to(pre_desc.dtype)
-                pre_desc.store([m * BM, f * BN], pre_low)
-                pre = pre_low.to(tl.float32)
-                s, _ = _gelu_parts(pre)
+                pre = acc + bias.to(tl.float32)[None, :]
+                pre_desc.store([m * BM, f * BN], pre.to(pre_desc.dtype))
+                s, _ = _gelu_parts(pre, EXACT)
                 out_desc.store([m * BM, f * BN], (pre * s).to(out_desc.dtype))
 
 
@@ -308,104 +318,3 @@ def weight_gradient(
         mask = (neuron < width)[:, None] & (col < D)[None, :]
         at = (offset + neuron).to(tl.int64)[:, None] * D + col[None, :]
         tl.store(out_PD + at, acc.to(out_PD.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def decode_up(
-    x_TD,
-    slot_C,
-    weight_C,
-    up_PD,
-    up_bias_P,
-    hidden_TP,
-    expert_B,
-    T,
-    D,
-    P,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BP: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """hidden = weight of the token's choice * gelu(x·up^T + bias), a block of one expert's neurons per program.
-
-    All tokens pass through every open expert (weights bound the time, the extra products are free); a closed expert is
-    neither read nor written. ``expert_B`` names the expert of each block of BP neurons.
-    """
-    block = tl.program_id(0)
-    n = tl.load(expert_B + block)
-    token = tl.arange(0, BT)
-    share = tl.zeros((BT,), tl.float32)
-    chosen = tl.zeros((BT,), tl.int32)
-    for k in tl.static_range(K):
-        mine = tl.load(slot_C + token * K + k, mask=token < T, other=-1).to(tl.int32) == n
-        share += tl.where(mine, tl.load(weight_C + token * K + k, mask=token < T, other=0.0).to(tl.float32), 0.0)
-        chosen += mine.to(tl.int32)
-    if tl.sum(chosen) > 0:
-        neuron = block * BP + tl.arange(0, BP)
-        acc = tl.zeros((BT, BP), tl.float32)
-        for start in range(0, D, BK):
-            col = start + tl.arange(0, BK)
-            x = tl.load(x_TD + token[:, None] * D + col[None, :], mask=(token < T)[:, None], other=0.0)
-            up = tl.load(up_PD + neuron.to(tl.int64)[:, None] * D + col[None, :])
-            acc = tl.dot(x, up.T, acc, input_precision=PRECISION)
-        pre = acc + tl.load(up_bias_P + neuron).to(tl.float32)[None, :]
-        s, _ = _gelu_parts(pre)
-        hidden = (pre * s * share[:, None]).to(hidden_TP.dtype.element_ty)
-        tl.store(hidden_TP + token[:, None] * P + neuron[None, :], hidden, mask=(token < T)[:, None])
-
-
-@triton.jit
-def decode_down(
-    hidden_TP,
-    slot_C,
-    down_PD,
-    partial_STD,
-    first_S,
-    last_S,
-    expert_S,
-    T,
-    D,
-    P,
-    C,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Partial products hidden·down over a run of one expert's neurons; zero where the expert is closed."""
-    d, split = tl.program_id(0), tl.program_id(1)
-    token, choice = tl.arange(0, BT), tl.arange(0, BC)
-    col = d * BN + tl.arange(0, BN)
-    n, first, last = tl.load(expert_S + split), tl.load(first_S + split), tl.load(last_S + split)
-    slot = tl.load(slot_C + choice, mask=choice < C, other=-1).to(tl.int32)
-    last = tl.where(tl.sum((slot == n).to(tl.int32)) > 0, last, first)
-    acc = tl.zeros((BT, BN), tl.float32)
-    for start in range(first, last, BK):
-        neuron = start + tl.arange(0, BK)
-        h = tl.load(hidden_TP + token[:, None] * P + neuron[None, :], mask=(token < T)[:, None], other=0.0)
-        down = tl.load(down_PD + neuron.to(tl.int64)[:, None] * D + col[None, :], mask=(col < D)[None, :], other=0.0)
-        acc = tl.dot(h, down, acc, input_precision=PRECISION)
-    at = (split * T + token)[:, None] * D + col[None, :]
-    tl.store(partial_STD + at, acc, mask=(token < T)[:, None] & (col < D)[None, :])
-
-
-@triton.jit
-def decode_sum(
-    partial_STD, slot_C, weight_C, down_bias_ND, y_TD, T, D, K: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr
-):
-    """Sum of the partial products plus the weighted biases of the chosen experts, one token per program."""
-    token = tl.program_id(0)
-    col = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = col < D
-    total = tl.zeros((BN,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial_STD + (split * T + token) * D + col, mask=inside, other=0.0)
-    for k in tl.static_range(K):
-        n = tl.load(slot_C + token * K + k).to(tl.int32)
-        weight = tl.load(weight_C + token * K + k).to(tl.float32)
-        bias = tl.load(down_bias_ND + n * D + col, mask=inside & (n >= 0), other=0.0).to(tl.float32)
-        total += tl.where(n >= 0, weight, 0.0) * bias
-    tl.store(y_TD + token * D + col, total.to(y_TD.dtype.element_ty), mask=inside)

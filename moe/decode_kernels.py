@@ -1,0 +1,421 @@
+"""Triton kernels of one decode step: few tokens, so the time is that of reading the weights once. Optional, as
+``moe.kernels``.
+
+Shapes: T tokens (one per sequence), K choices per token, C = T*K, E experts, N of them compute, D model width, P neurons
+of all experts, H heads of width A, L positions of the cache, V vocabulary. All tokens stand in one tile of BT rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe.kernels import _gelu_parts
+
+
+@triton.jit
+def embed(token_T, position_T, wte_VD, wpe_LD, x_TD, D, COLS: tl.constexpr):
+    """x = token embedding + position embedding."""
+    t = tl.program_id(0)
+    col = tl.arange(0, COLS)
+    inside = col < D
+    token = tl.load(wte_VD + tl.load(token_T + t) * D + col, mask=inside)
+    position = tl.load(wpe_LD + tl.load(position_T + t) * D + col, mask=inside)
+    x = token.to(tl.float32) + position.to(tl.float32)
+    tl.store(x_TD + t * D + col, x.to(x_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_statistics(x_TD, token, live, D, EPS, BT: tl.constexpr, BK: tl.constexpr):
+    """Mean and 1/deviation of each row."""
+    total = tl.zeros((BT,), tl.float32)
+    squares = tl.zeros((BT,), tl.float32)
+    for start in range(0, D, BK):
+        col = start + tl.arange(0, BK)
+        x = tl.load(x_TD + token[:, None] * D + col[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+        total += tl.sum(x, 1)
+        squares += tl.sum(x * x, 1)
+    mean = total / D
+    return mean, tl.rsqrt(squares / D - mean * mean + EPS)
+
+
+@triton.jit
+def norm_qkv(
+    x_TD,
+    gamma_D,
+    beta_D,
+    weight_DQ,
+    bias_Q,
+    query_TD,
+    key_THLA,
+    value_THLA,
+    length_T,
+    T,
+    D,
+    L,
+    EPS,
+    A: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """LayerNorm, then the attention's three projections; keys and values go straight into the cache."""
+    token = tl.arange(0, BT)
+    live = token < T
+    col = tl.program_id(0) * BN + tl.arange(0, BN)
+    mean, inverse = _row_statistics(x_TD, token, live, D, EPS, BT, BK)
+    acc = tl.zeros((BT, BN), tl.float32)
+    for start in range(0, D, BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(x_TD + token[:, None] * D + k[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+        gamma, beta = tl.load(gamma_D + k).to(tl.float32), tl.load(beta_D + k).to(tl.float32)
+        x = (x - mean[:, None]) * inverse[:, None] * gamma[None, :] + beta[None, :]
+        weight = tl.load(weight_DQ + k[:, None] * (3 * D) + col[None, :])
+        acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision=PRECISION)
+    out = (acc + tl.load(bias_Q + col).to(tl.float32)[None, :]).to(query_TD.dtype.element_ty)
+    part = tl.program_id(0) * BN // D  # BN divides D: a block is query, key or value
+    inner = col - part * D
+    if part == 0:
+        tl.store(query_TD + token[:, None] * D + inner[None, :], out, mask=live[:, None])
+    else:
+        place = tl.load(length_T + token, mask=live, other=0)
+        row = (token[:, None] * (D // A) + (inner // A)[None, :]) * L + place[:, None]
+        at = row.to(tl.int64) * A + (inner % A)[None, :]
+        if part == 1:
+            tl.store(key_THLA + at, out, mask=live[:, None])
+        else:
+            tl.store(value_THLA + at, out, mask=live[:, None])
+
+
+@triton.jit
+def attend(
+    query_TD, key_THLA, value_THLA, mask_TL, length_T, out_TD, H, L, scale, A: tl.constexpr, BL: tl.constexpr
+):
+    """Attention of one new token per sequence over its cache, one head per program; masked positions are padding."""
+    t, h = tl.program_id(0), tl.program_id(1)
+    dim = tl.arange(0, A)
+    count = tl.load(length_T + t) + 1
+    query = tl.load(query_TD + (t * H + h) * A + dim).to(tl.float32) * scale
+    base = (t * H + h).to(tl.int64) * L * A
+    peak = tl.full((), -1e30, tl.float32)
+    total = tl.zeros((), tl.float32)
+    acc = tl.zeros((A,), tl.float32)
+    for start in range(0, count, BL):
+        j = start + tl.arange(0, BL)
+        inside = j < count
+        seen = inside & (tl.load(mask_TL + t * L + j, mask=inside, other=0) != 0)
+        at = base + j[:, None] * A + dim[None, :]
+        key = tl.load(key_THLA + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(key * query[None, :], 1), -float("inf"))
+        new = tl.maximum(peak, tl.max(score))
+        p = tl.exp(score - new)
+        keep = tl.exp(peak - new)
+        value = tl.load(value_THLA + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        acc = acc * keep + tl.sum(p[:, None] * value, 0)
+        total = total * keep + tl.sum(p)
+        peak = new
+    tl.store(out_TD + (t * H + h) * A + dim, (acc / total).to(out_TD.dtype.element_ty))
+
+
+@triton.jit
+def project_residual(
+    a_TD,
+    weight_DD,
+    bias_D,
+    x_TD,
+    T,
+    D,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x += a·weight + bias."""
+    token = tl.arange(0, BT)
+    live = (token < T)[:, None]
+    col = tl.program_id(0) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BT, BN), tl.float32)
+    for start in range(0, D, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(a_TD + token[:, None] * D + k[None, :], mask=live, other=0.0)
+        weight = tl.load(weight_DD + k[:, None] * D + col[None, :])
+        acc = tl.dot(a, weight, acc, input_precision=PRECISION)
+    out = (acc + tl.load(bias_D + col).to(tl.float32)[None, :]).to(x_TD.dtype.element_ty).to(tl.float32)
+    at = token[:, None] * D + col[None, :]
+    out += tl.load(x_TD + at, mask=live, other=0.0).to(tl.float32)
+    tl.store(x_TD + at, out.to(x_TD.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def norm_rows(x_TD, gamma_D, beta_D, out_TD, D, EPS, COLS: tl.constexpr):
+    """LayerNorm, one row per program."""
+    t = tl.program_id(0)
+    col = tl.arange(0, COLS)
+    inside = col < D
+    x = tl.load(x_TD + t * D + col, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x) / D
+    centred = tl.where(inside, x - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred) / D + EPS)
+    gamma = tl.load(gamma_D + col, mask=inside, other=0.0).to(tl.float32)
+    beta = tl.load(beta_D + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_TD + t * D + col, (centred * inverse * gamma + beta).to(out_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_route(
+    x_TD,
+    gamma_D,
+    beta_D,
+    gate_ED,
+    offset_E,
+    bias_E,
+    join_E,
+    lambda_,
+    temperature,
+    slot_E,
+    out_TD,
+    slot_TK,
+    weight_TK,
+    D,
+    E,
+    EPS,
+    K: tl.constexpr,
+    PRICED: tl.constexpr,
+    BALANCED: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """LayerNorm, router logits in float32, top-k of s (+ b - λ·c̃) and its mixing weights, one token per program."""
+    t = tl.program_id(0)
+    e = tl.arange(0, BE)
+    real = e < E
+    total = tl.zeros((BK,), tl.float32)
+    for start in range(0, D, BK):
+        total += tl.load(x_TD + t * D + start + tl.arange(0, BK)).to(tl.float32)
+    mean = tl.sum(total) / D
+    squares = tl.zeros((BK,), tl.float32)
+    for start in range(0, D, BK):
+        centred = tl.load(x_TD + t * D + start + tl.arange(0, BK)).to(tl.float32) - mean
+        squares += centred * centred
+    inverse = tl.rsqrt(tl.sum(squares) / D + EPS)
+    logit = tl.load(offset_E + e, mask=real, other=0.0)
+    for start in range(0, D, BK):
+        col = start + tl.arange(0, BK)
+        x = (tl.load(x_TD + t * D + col).to(tl.float32) - mean) * inverse
+        x = x * tl.load(gamma_D + col).to(tl.float32) + tl.load(beta_D + col).to(tl.float32)
+        low = x.to(out_TD.dtype.element_ty)
+        tl.store(out_TD + t * D + col, low)
+        gate = tl.load(gate_ED + e[:, None] * D + col[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+        logit += tl.sum(gate * low.to(tl.float32)[None, :], 1)
+    score = tl.where(real, logit / tl.load(temperature), -float("inf"))
+    select = score
+    if BALANCED:
+        select += tl.load(bias_E + e, mask=real, other=0.0)
+    if PRICED:
+        select -= tl.load(lambda_) * tl.load(join_E + e, mask=real, other=0.0)
+    choice = tl.arange(0, K)
+    chosen = tl.zeros((K,), tl.int32)
+    picked = tl.zeros((K,), tl.float32)
+    for k in tl.static_range(K):
+        best = tl.min(tl.where(select == tl.max(select), e, BE))
+        chosen = tl.where(choice == k, best, chosen)
+        picked = tl.where(choice == k, tl.sum(tl.where(e == best, score, 0.0)), picked)
+        select = tl.where(e == best, -float("inf"), select)
+    if NORMALIZED:
+        p = tl.exp(picked - tl.max(picked))
+        weight = p / tl.sum(p)
+    else:
+        peak = tl.max(score)
+        weight = tl.exp(picked - peak) / tl.sum(tl.exp(score - peak))
+    tl.store(slot_TK + t * K + choice, tl.load(slot_E + chosen))
+    tl.store(weight_TK + t * K + choice, weight)
+
+
+@triton.jit
+def head_scores(
+    h_TD,
+    weight_VD,
+    logits_TV,
+    best_BT,
+    where_BT,
+    T,
+    D,
+    V,
+    STORE: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits of a block of the vocabulary, rounded to the model's type, and each token's best of the block."""
+    block = tl.program_id(0)
+    token = tl.arange(0, BT)
+    live = token < T
+    entry = block * BV + tl.arange(0, BV)
+    acc = tl.zeros((BT, BV), tl.float32)
+    for start in range(0, D, BK):
+        k = start + tl.arange(0, BK)
+        h = tl.load(h_TD + token[:, None] * D + k[None, :], mask=live[:, None], other=0.0)
+        weight = tl.load(weight_VD + entry.to(tl.int64)[:, None] * D + k[None, :], mask=(entry < V)[:, None], other=0.0)
+        acc = tl.dot(h, weight.T, acc, input_precision=PRECISION)
+    low = acc.to(logits_TV.dtype.element_ty)
+    if STORE:
+        at = token.to(tl.int64)[:, None] * V + entry[None, :]
+        tl.store(logits_TV + at, low, mask=live[:, None] & (entry < V)[None, :])
+    score = tl.where((entry < V)[None, :], low.to(tl.float32), -float("inf"))
+    best = tl.max(score, 1)
+    first = tl.min(tl.where(score == best[:, None], entry[None, :], V), 1)
+    tl.store(best_BT + block * T + token, best, mask=live)
+    tl.store(where_BT + block * T + token, first, mask=live)
+
+
+@triton.jit
+def pick(
+    best_BT,
+    where_BT,
+    eos_F,
+    token_T,
+    position_T,
+    length_T,
+    finished_T,
+    ids_TL,
+    pad,
+    blocks,
+    T,
+    L,
+    V,
+    EOS: tl.constexpr,
+    BB: tl.constexpr,
+):
+    """Greedy choice (the first of equals), written behind the sequence; finished sequences get padding."""
+    t = tl.program_id(0)
+    block = tl.arange(0, BB)
+    best = tl.load(best_BT + block * T + t, mask=block < blocks, other=-float("inf"))
+    entry = tl.load(where_BT + block * T + t, mask=block < blocks, other=V)
+    token = tl.min(tl.where(best == tl.max(best), entry, V)).to(tl.int64)
+    finished = tl.load(finished_T + t)
+    token = tl.where(finished != 0, pad, token)
+    for i in tl.static_range(EOS):
+        finished = tl.where(token == tl.load(eos_F + i), 1, finished)
+    length = tl.load(length_T + t) + 1
+    tl.store(ids_TL + t * L + length, token)
+    tl.store(token_T + t, token)
+    tl.store(finished_T + t, finished)
+    tl.store(length_T + t, length)
+    tl.store(position_T + t, tl.load(position_T + t) + 1)
+
+
+@triton.jit
+def decode_up(
+    x_TD,
+    slot_C,
+    weight_C,
+    up_PD,
+    up_bias_P,
+    hidden_TP,
+    expert_B,
+    T,
+    D,
+    P,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BP: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """hidden = weight of the token's choice * gelu(x·up^T + bias), a block of one expert's neurons per program.
+
+    All tokens pass through every open expert (weights bound the time, the extra products are free); a closed expert is
+    neither read nor written. ``expert_B`` names the expert of each block of BP neurons.
+    """
+    block = tl.program_id(0)
+    n = tl.load(expert_B + block)
+    token = tl.arange(0, BT)
+    share = tl.zeros((BT,), tl.float32)
+    chosen = tl.zeros((BT,), tl.int32)
+    for k in tl.static_range(K):
+        mine = tl.load(slot_C + token * K + k, mask=token < T, other=-1).to(tl.int32) == n
+        share += tl.where(mine, tl.load(weight_C + token * K + k, mask=token < T, other=0.0).to(tl.float32), 0.0)
+        chosen += mine.to(tl.int32)
+    if tl.sum(chosen) > 0:
+        neuron = block * BP + tl.arange(0, BP)
+        acc = tl.zeros((BT, BP), tl.float32)
+        for start in range(0, D, BK):
+            col = start + tl.arange(0, BK)
+            x = tl.load(x_TD + token[:, None] * D + col[None, :], mask=(token < T)[:, None], other=0.0)
+            up = tl.load(up_PD + neuron.to(tl.int64)[:, None] * D + col[None, :])
+            acc = tl.dot(x, up.T, acc, input_precision=PRECISION)
+        pre = acc + tl.load(up_bias_P + neuron).to(tl.float32)[None, :]
+        s, _ = _gelu_parts(pre, True)
+        hidden = (pre * s * share[:, None]).to(hidden_TP.dtype.element_ty)
+        tl.store(hidden_TP + token[:, None] * P + neuron[None, :], hidden, mask=(token < T)[:, None])
+
+
+@triton.jit
+def decode_down(
+    hidden_TP,
+    slot_C,
+    down_PD,
+    partial_STD,
+    first_S,
+    last_S,
+    expert_S,
+    T,
+    D,
+    P,
+    C,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial products hidden·down over a run of one expert's neurons; zero where the expert is closed."""
+    d, split = tl.program_id(0), tl.program_id(1)
+    token, choice = tl.arange(0, BT), tl.arange(0, BC)
+    col = d * BN + tl.arange(0, BN)
+    n, first, last = tl.load(expert_S + split), tl.load(first_S + split), tl.load(last_S + split)
+    slot = tl.load(slot_C + choice, mask=choice < C, other=-1).to(tl.int32)
+    last = tl.where(tl.sum((slot == n).to(tl.int32)) > 0, last, first)
+    acc = tl.zeros((BT, BN), tl.float32)
+    for start in range(first, last, BK):
+        neuron = start + tl.arange(0, BK)
+        h = tl.load(hidden_TP + token[:, None] * P + neuron[None, :], mask=(token < T)[:, None], other=0.0)
+        down = tl.load(down_PD + neuron.to(tl.int64)[:, None] * D + col[None, :], mask=(col < D)[None, :], other=0.0)
+        acc = tl.dot(h, down, acc, input_precision=PRECISION)
+    at = (split * T + token)[:, None] * D + col[None, :]
+    tl.store(partial_STD + at, acc, mask=(token < T)[:, None] & (col < D)[None, :])
+
+
+@triton.jit
+def decode_sum(
+    partial_STD,
+    slot_C,
+    weight_C,
+    down_bias_ND,
+    y_TD,
+    T,
+    D,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Sum of the partial products plus the weighted biases of the chosen experts; RESIDUAL adds it to y."""
+    token = tl.program_id(0)
+    col = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = col < D
+    total = tl.zeros((BN,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial_STD + (split * T + token) * D + col, mask=inside, other=0.0)
+    for k in tl.static_range(K):
+        n = tl.load(slot_C + token * K + k).to(tl.int32)
+        weight = tl.load(weight_C + token * K + k).to(tl.float32)
+        bias = tl.load(down_bias_ND + n * D + col, mask=inside & (n >= 0), other=0.0).to(tl.float32)
+        total += tl.where(n >= 0, weight, 0.0) * bias
+    if RESIDUAL:
+        total = total.to(y_TD.dtype.element_ty).to(tl.float32)
+        total += tl.load(y_TD + token * D + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_TD + token * D + col, total.to(y_TD.dtype.element_ty), mask=inside)
