@@ -10,8 +10,31 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
+from hwcost.cost_model import Conditions, CostModel
+from hwcost.judge import leave_out, relative_errors, with_errors
+from hwcost.points import Calibration
 from pipelines import calibrate
+from pipelines.calibrate_show import table
+
+
+def judge(path: Path, console: Console) -> None:
+    """Every held-out point with its error, groups left out of a refit, and the summary."""
+    measured = Calibration.read(path)
+    model = with_errors(CostModel.fit(measured), measured)
+    shown = Table("held-out point", "mJ a call", "W", "error, time measured", "error, time predicted", "time error")
+    for point in (p for p in measured.points if p.held_out and p.name != "steady"):
+        known, predicted = (relative_errors(model, [point], time_measured=flag)[0] for flag in (True, False))
+        seconds = model.breakdown_of(point.counts, Conditions()).duration_s / point.seconds_per_call - 1
+        row = (f"{1e3 * point.energy_per_call_j:.2f}", f"{point.power_w:.0f}")
+        shown.add_row(point.name, *row, *(f"{100 * error:+.1f} %" for error in (known, predicted, seconds)))
+    console.print(shown)
+    groups = Table("left out of a refit", "points", "error, time measured", "error, time predicted")
+    for left in leave_out(measured):
+        groups.add_row(left.group, str(left.points), f"{100 * left.measured:.2f} %", f"{100 * left.predicted:.2f} %")
+    console.print(groups)
+    console.print(table(model))
 
 
 def main() -> None:
@@ -21,8 +44,13 @@ def main() -> None:
     run.add_argument("--plan", choices=("full", "small", "smoke"), default="full")
     run.add_argument("--points", type=Path, required=True)
     run.add_argument("--budget-s", type=float, default=510.0)
+    judged = commands.add_parser("judge", help="errors of a fit to measured points")
+    judged.add_argument("points", type=Path)
     options = parser.parse_args()
     console = Console(width=160)
+    if options.command == "judge":
+        judge(options.points, console)
+        return
     plans = {
         "full": lambda: calibrate.full_plan(options.budget_s),
         "small": calibrate.small_plan,

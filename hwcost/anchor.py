@@ -39,6 +39,7 @@ class AnchorReading:
 
     version: int
     j_per_step: float | None
+    j_per_token: float | None
     s_per_step: float
     mean_power_w: float | None
     mean_temperature_c: float | None
@@ -79,6 +80,10 @@ class AnchorStep:
         self._forward = torch.compile(self.block, fullgraph=True) if device.type == "cuda" else self.block
         self.run()
 
+    @property
+    def tokens(self) -> int:
+        return self.x_BSD.shape[0] * self.x_BSD.shape[1]
+
     def configure(self, params: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
@@ -86,7 +91,7 @@ class AnchorStep:
         x_BSD = self.x_BSD
         for _ in range(_REPEATS):
             x_BSD = self._forward(x_BSD)
-        x_BSD.square().mean().backward()
+        x_BSD.square().mean().backward()  # type: ignore[no-untyped-call]
         self.block.zero_grad(set_to_none=True)
         return 1
 
@@ -106,9 +111,11 @@ def measure_anchor(
     with monitor.window("anchor") as window:
         steps, duration_s = repeat_for(step.run, seconds, device)
     got = window.measurement
+    j_per_step = None if got.energy_j is None else got.energy_j / steps
     return AnchorReading(
         version=ANCHOR_VERSION,
-        j_per_step=None if got.energy_j is None else got.energy_j / steps,
+        j_per_step=j_per_step,
+        j_per_token=None if j_per_step is None else j_per_step / step.tokens,
         s_per_step=duration_s / steps,
         mean_power_w=got.mean_power_w,
         mean_temperature_c=got.mean_temperature_c,

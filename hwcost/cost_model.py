@@ -1,6 +1,6 @@
 """CostModel: joules and seconds of an operation before it runs.
 
-E = (P_idle + P_context)·t + P_leak(T)·t + Σ ε·counts, with counts from `hwcost.ops` (FLOPs, bytes,
+E = (P_idle + P_context + P_active)·t + P_leak(T)·t + Σ ε·counts, with counts from `hwcost.ops` (FLOPs, bytes,
 launches) and non-negative ε above idle from a profile. Time is a sum of the same counts times
 seconds per unit, never less than what the power limit allows, and may be given instead (measured).
 """
@@ -11,7 +11,9 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
+from hwcost.fit import fit_profile
 from hwcost.ops import COMPUTE, COUNTERS, MEMORY, OPS, STEP_PHASES, Call, Counts, ModelShape
+from hwcost.points import Calibration
 from hwcost.prices import ExpertPrices, expert_prices
 from hwcost.profiles import Profile, load_profile, select_profile
 
@@ -103,6 +105,15 @@ class CostModel:
         """The model of a device: the shipped profile of its name and power limit, else the analytic default."""
         return cls(select_profile(gpu_name, power_limit_w))
 
+    @classmethod
+    def fit(cls, probes: Calibration, *, name: str = "calibrated") -> CostModel:
+        """The model of measured points, fitted to those that are not held out.
+
+        Raises:
+            ValueError: too few points.
+        """
+        return cls(fit_profile(probes, name=name))
+
     @property
     def analytic(self) -> bool:
         """True where nothing was calibrated: coefficients are reasoned, not measured."""
@@ -110,8 +121,8 @@ class CostModel:
 
     @property
     def static_w(self) -> float:
-        """Watts of an idle GPU that holds a CUDA context."""
-        return self.profile.idle_w + self.profile.context_w
+        """Watts that a busy GPU draws whatever it computes: idle, context, active."""
+        return self.profile.idle_w + self.profile.context_w + self.profile.active_w
 
     def get_cost(
         self,
@@ -166,7 +177,7 @@ class CostModel:
         phase: str = "train",
         conditions: Conditions | None = None,
     ) -> CostBreakdown:
-        """The terms of `get_cost` (compute, memory, launch, static, thermal); they sum to its joules. Raises as it does."""
+        """The terms of `get_cost` (compute, memory, launch, static, thermal); they sum to it. Raises as it does."""
         shape, conditions = shape or ModelShape(), conditions or Conditions()
         call = _call(op_type, batch_size, seq_len, phase)
         return self.breakdown_of(
@@ -276,11 +287,7 @@ class CostModel:
     def _flags(self, shape: ModelShape, call: Call, extrapolate: bool) -> tuple[str, ...]:
         if self.analytic:
             return ("analytic",)
-        outside = [
-            f"{name} {value:g} outside {low:g}..{high:g}"
-            for name, value, (low, high) in _positions(shape, call, self.profile.ranges.get(call.phase, {}))
-            if not low <= value <= high
-        ]
+        outside = _outside(shape, call, self.profile.ranges)
         if outside and not extrapolate:
             raise CalibrationRangeError(
                 f"{call.phase}: {outside[0]}, the calibrated range; pass extrapolate=True to go beyond it"
@@ -298,18 +305,23 @@ def _weighted(counts: Counts, per_unit: Mapping[str, float], names: Sequence[str
     return sum(getattr(counts, name) * per_unit[name] for name in names)
 
 
-def _positions(
-    shape: ModelShape, call: Call, ranges: Mapping[str, tuple[float, float]]
-) -> list[tuple[str, float, tuple[float, float]]]:
-    """(quantity, value, calibrated range) of every quantity that the profile names."""
+def _outside(shape: ModelShape, call: Call, ranges: Mapping[str, Mapping[str, tuple[float, float]]]) -> list[str]:
+    """What lies outside the calibrated ranges, in words; a phase without ranges was not calibrated at all."""
+    if call.phase not in ranges:
+        return [f"{call.phase} was not calibrated"]
     values = {
         "batch_size": call.batch_size,
         "seq_len": call.seq_len,
-        "tokens": call.tokens,
         "d_model": shape.d_model,
-        "num_experts": shape.num_experts,
-        "top_k": shape.top_k,
-        "mean_width": shape.mean_width,
         "num_layers": shape.num_layers,
+        "num_experts": shape.num_experts,
+        "mean_width": shape.mean_width,
+        "top_k": shape.top_k,
     }
-    return [(name, values[name], ranges[name]) for name in ranges]
+    if not shape.expert_widths:
+        del values["top_k"], values["mean_width"]
+    return [
+        f"{name} {values[name]:g} outside {low:g}..{high:g}"
+        for name, (low, high) in ranges[call.phase].items()
+        if name in values and not low <= values[name] <= high
+    ]

@@ -198,6 +198,7 @@ COUNTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, float]], Counts]] = 
     "idle": _nothing,
     "anchor": _nothing,
     "train_step": _step,
+    "prefill": _step,
     "decode_step": _step,
 }
 # Kinds that calibrate nothing but are kept: the anchor's counts are nobody's business.

@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hwcost.cost_model import CostModel
+from hwcost.judge import with_errors
 from hwcost.monitor import EnergyMonitor
-from hwcost.ops import ModelShape
+from hwcost.ops import STEP_PHASES, ModelShape
 from hwcost.points import Calibration, Point, ProbeSpec, Trace, step_params
+from pipelines.calibrate_show import table
 from pipelines.calibrate_workers import Ran, Worker, WorkerError
 
 _IDLE = "idle"
@@ -57,7 +59,7 @@ def full_plan(budget_s: float = 510.0) -> Plan:
 
     ramp = dataclasses.replace(gemm_spec(8192, 8192, 8192, window_s=20.0), name="ramp")
     return Plan(
-        specs=(*kernel_specs(), *_train_specs(), *_decode_specs()),
+        specs=(*kernel_specs(), *_train_specs(), *_prefill_specs(), *_decode_specs()),
         first=(_anchor("anchor-start", 5.0), ramp),
         last=(
             dataclasses.replace(_train(8, 2, 16), name="steady", window_s=22.0, held_out=True),
@@ -77,6 +79,7 @@ def small_plan() -> Plan:
         for batch, k in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 2))
     ]
     decode = [_step("decode_step", batch, 16, shape, window_s=0.1, open=2) for batch in (1, 4)]
+    decode += [_step("prefill", 2, 16, shape, window_s=0.1)]
     kernels = [dataclasses.replace(spec, window_s=0.1) for spec in kernel_specs(small=True)]
     return Plan(
         specs=(*kernels, *train, *decode),
@@ -125,51 +128,54 @@ def _step(op: str, batch: int, seq_len: int, shape: ModelShape, **more: Any) -> 
     return ProbeSpec(name=name, kind=op, params=params, code=code, **spec)
 
 
-def _train(experts: int, top_k: int, batch: int, *, widths: Sequence[int] | None = None, **more: Any) -> ProbeSpec:
+def _train(
+    experts: int, top_k: int, batch: int, *, widths: Sequence[int] | None = None, seq_len: int = 1024, **more: Any
+) -> ProbeSpec:
     shape = ModelShape(expert_widths=tuple(widths or (3072,) * experts), top_k=top_k)
-    return _step("train_step", batch, 1024, shape, **more)
+    return _step("train_step", batch, seq_len, shape, **more)
 
 
-# Experts, K, batch. The held-out shapes lie between and beside the fitted ones.
-_FITTED = ((4, 1, 4), (4, 1, 16), (4, 2, 8), (4, 4, 32), (8, 1, 8), (8, 1, 32), (8, 2, 4), (8, 2, 16), (8, 4, 4), (8, 4, 16),
-           (16, 1, 16), (16, 2, 4), (16, 2, 32), (16, 4, 8))  # fmt: skip
+def _prefill_specs() -> list[ProbeSpec]:
+    shapes = ((8, 1, 16, False), (8, 2, 8, False), (4, 2, 16, True))
+    return [
+        _step("prefill", b, 1024, ModelShape(expert_widths=(3072,) * e, top_k=k), held_out=held, tier=int(held))
+        for e, k, b, held in shapes
+    ]
+
+
+# Experts, K, batch. The held-out shapes lie between and beside the fitted ones; extra ones come if time is left.
+_FITTED = ((4, 1, 4), (4, 1, 16), (4, 2, 8), (4, 4, 32), (8, 1, 8), (8, 1, 32), (8, 2, 4), (8, 2, 16), (8, 4, 4),
+           (8, 4, 16), (16, 1, 16), (16, 2, 4), (16, 2, 32), (16, 4, 8))  # fmt: skip
 _HELD_OUT = ((4, 2, 32), (4, 4, 8), (8, 1, 4), (8, 2, 8), (8, 2, 32), (8, 1, 16), (16, 1, 4), (16, 4, 16), (16, 2, 8))
 _EXTRA = ((4, 1, 8), (4, 2, 16), (16, 4, 4), (16, 1, 32))
+_HALVES = (1536,) * 8
+_MIXED = (3072, 3072, 1536, 1536, 1536, 768, 768, 768)
 
 
 def _train_specs() -> list[ProbeSpec]:
     fitted = [_train(e, k, b, window_s=3.5) for e, k, b in _FITTED]
+    fitted += [_train(8, 2, 32, seq_len=256)]
     held = [_train(e, k, b, held_out=True) for e, k, b in _HELD_OUT]
+    widths = [_train(8, 2, 16, widths=_HALVES, held_out=True), _train(8, 1, 8, widths=_HALVES, held_out=True)]
+    widths += [_train(8, 2, 8, widths=_MIXED, held_out=True)]
     extra = [_train(e, k, b, held_out=True, tier=1) for e, k, b in _EXTRA]
-    halves = [1536] * 8
-    mixed = [3072, 3072, 1536, 1536, 1536, 768, 768, 768]
-    widths = [_train(8, 2, 16, widths=halves, held_out=True), _train(8, 1, 8, widths=halves, held_out=True)]
-    widths += [_train(8, 2, 8, widths=mixed, held_out=True), _train(8, 1, 16, widths=mixed, held_out=True, tier=1)]
+    extra += [_train(8, 1, 16, seq_len=512, held_out=True, tier=1)]
+    extra += [_train(8, 1, 16, widths=_MIXED, held_out=True, tier=1)]
     dense = dataclasses.replace(ModelShape(), expert_widths=())
-    return [*fitted, *held, *extra, *widths, _step("train_step", 16, 1024, dense, tier=1)]
+    return [*fitted, *held, *widths, *extra, _step("train_step", 16, 1024, dense, tier=1)]
 
 
-# K, batch, context, numbers of open experts.
-_DECODE = ((1, 1, 256, (1,)), (2, 1, 256, (2,)), (1, 8, 256, (1, 3, 8)), (2, 16, 512, (2, 4, 8)), (2, 32, 256, (2, 4, 8)),
-           (1, 64, 256, (1, 2, 8)), (2, 128, 256, (2, 5, 8)), (1, 256, 256, (1, 4, 8)), (2, 256, 128, (2, 8)))  # fmt: skip
-_DECODE_HELD_OUT = {
-    (2, 1, 2),
-    (1, 8, 3),
-    (2, 16, 4),
-    (2, 16, 8),
-    (2, 32, 2),
-    (1, 64, 2),
-    (2, 128, 5),
-    (1, 256, 4),
-    (2, 256, 8),
-}
+# K, batch, context, then numbers of open experts: in the fit, held out.
+_DECODE = ((1, 1, 256, (1,), ()), (2, 1, 256, (), (2,)), (1, 8, 256, (1, 8), (3,)), (2, 16, 512, (2, 8), (4,)),
+           (2, 32, 256, (4, 8), (2,)), (1, 64, 256, (1, 8), (2,)), (2, 128, 256, (2, 8), (5,)),
+           (1, 256, 256, (1, 8), (4,)), (2, 256, 128, (2,), (8,)))  # fmt: skip
 
 
 def _decode_specs() -> list[ProbeSpec]:
     return [
-        _step("decode_step", batch, context, ModelShape(top_k=k), open=n, held_out=(k, batch, n) in _DECODE_HELD_OUT)
-        for k, batch, context, opens in _DECODE
-        for n in opens
+        _step("decode_step", batch, context, ModelShape(top_k=k), open=n, held_out=n in held_out)
+        for k, batch, context, fitted, held_out in _DECODE
+        for n in (*fitted, *held_out)
     ]
 
 
@@ -403,8 +409,10 @@ def _sleep(seconds: float) -> Ran:
 
 def _share(specs: list[ProbeSpec], workers: int) -> list[list[ProbeSpec]]:
     """Specs per worker, the slowest to compile first; the first worker has the kernels and the anchor."""
-    light = [spec for spec in specs if spec.kind not in ("train_step", "decode_step")]
-    heavy = sorted((spec for spec in specs if spec not in light), key=lambda spec: spec.kind == "decode_step")
+    light = [spec for spec in specs if spec.kind not in STEP_PHASES]
+    heavy = sorted(
+        (spec for spec in specs if spec not in light), key=lambda spec: (spec.tier, spec.kind != "train_step")
+    )
     shares: list[list[ProbeSpec]] = [light, *([] for _ in range(max(1, workers - 1)))]
     for i, spec in enumerate(heavy):
         shares[1 + i % (len(shares) - 1)].append(spec)
@@ -449,8 +457,6 @@ def calibrate(
     Raises:
         ValueError: no GPU where one was asked for, or points that cannot be fitted.
     """
-    from hwcost.report import table
-
     console = console or Console()
     if points is not None:
         measured = Calibration.read(points)
@@ -458,10 +464,10 @@ def calibrate(
         kind = _device(device)
         plan = full_plan(budget_s) if kind == "cuda" else small_plan()
         measured = measure(plan, device=kind, console=console, raw=raw or out.with_suffix(".points.json"))
-    model = CostModel.fit(measured, name=out.stem)
+    model = with_errors(CostModel.fit(measured, name=out.stem), measured)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(model.profile.to_json(), encoding="utf-8")
-    console.print(table(model, measured))
+    console.print(table(model))
     return model
 
 

@@ -118,6 +118,41 @@ def _model(config: TrialConfig, dense: transformers.GPT2Config) -> Any:
     return MoEGPT2LMHeadModel(moe_config_of(config, dense))
 
 
+class PrefillStep:
+    """One forward pass over B prompts without a cache, bf16 weights; compiled on a GPU."""
+
+    def __init__(self, params: Mapping[str, Any], device: torch.device) -> None:
+        shape = step_shape(params, {})
+        batch, length = int(params["batch_size"]), int(params["seq_len"])
+        self.model = _inference_model(shape, batch, length, device)
+        self.ids_BS = zipf_tokens(batch, length, shape.vocab_size).long().to(device)
+        forward = torch.compile(self.model, fullgraph=True) if device.type == "cuda" else self.model
+        self._forward: Callable[..., Any] = forward
+        self.run()
+
+    def configure(self, params: Mapping[str, Any]) -> dict[str, float]:
+        return {}
+
+    @torch.no_grad()
+    def run(self) -> int:
+        self._forward(input_ids=self.ids_BS, use_cache=False, logits_to_keep=1)
+        return 1
+
+    def park(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def unpark(self) -> None:
+        """The weights never left."""
+
+
+def _inference_model(shape: ModelShape, batch: int, length: int, device: torch.device) -> Any:
+    config = moe_config_of(_trial_config(shape, batch, max(8, length)), gpt2_config(shape, length))
+    with torch.device(device):
+        model: Any = MoEGPT2LMHeadModel(MoEGPT2Config(**_values(config)))
+    return model.to(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+
+
 class DecodeStep:
     """One token for B sequences over a static cache, bf16 weights; on a GPU compiled and replayed as a CUDA graph.
 
@@ -129,12 +164,7 @@ class DecodeStep:
         self.device = device
         self.shape = step_shape(params, {})
         self.batch, self.context = int(params["batch_size"]), int(params["seq_len"])
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dense = gpt2_config(self.shape, self.context)
-        config = moe_config_of(_trial_config(self.shape, self.batch, max(8, self.context)), dense)
-        with torch.device(device):
-            model: Any = MoEGPT2LMHeadModel(MoEGPT2Config(**_values(config)))
-        self.model = model.to(device=device, dtype=dtype).eval()
+        self.model = _inference_model(self.shape, self.batch, self.context, device)
         generator = torch.Generator().manual_seed(0)
         self.ids_B1 = torch.randperm(self.shape.vocab_size, generator=generator)[: self.batch, None].to(device)
         self.position_11 = torch.full((1, 1), self.context - 1, device=device)
@@ -199,7 +229,7 @@ class DecodeStep:
         if self.device.type != "cuda":
             return self._forward
         step = torch.compile(self._next, fullgraph=True)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -225,6 +255,7 @@ STEP_BUILDERS: dict[str, Builder] = {
     **BUILDERS,
     "anchor": AnchorStep,
     "train_step": TrainStep,
+    "prefill": PrefillStep,
     "decode_step": DecodeStep,
 }
 

@@ -80,7 +80,27 @@ class Bench:
         if self.device.type != "cuda":
             return {"torch": torch.__version__}
         torch.zeros(1, device=self.device)
-        return {"torch": torch.__version__, "memory_bytes": torch.cuda.get_device_properties(self.device).total_memory}
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return {"torch": torch.__version__, "memory_bytes": memory, "retry_s": _allocator_retry_s(memory // 16)}
+
+
+def _allocator_retry_s(size: int) -> float:
+    """Seconds of what the caching allocator does when it finds no room: wait, return cached blocks, allocate anew."""
+    import torch
+
+    took = []
+    for _ in range(5):
+        block = torch.empty(size, dtype=torch.uint8, device="cuda")
+        del block
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.cuda.empty_cache()
+        block = torch.empty(size, dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+        del block
+    torch.cuda.empty_cache()
+    return sorted(took)[2]
 
 
 def _serve(connection: Connection, device: str, threads: int) -> None:
