@@ -26,12 +26,14 @@ class Axis:
         log: logarithmic.
         other: title of a second scale on the opposite side, and the factor from this scale to it.
         zero: the axis begins at 0.
+        whole: ticks at whole numbers only.
     """
 
     title: str
     log: bool = False
     other: tuple[str, float] | None = None
     zero: bool = False
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,7 @@ class Scale:
     start: float
     end: float
     log: bool = False
+    whole: bool = False
 
     def __call__(self, value: float) -> float:
         """Pixel of a value; values that a logarithm does not take sit at the start."""
@@ -161,13 +164,13 @@ class Scale:
             long = self.high / self.low > 1e4
             values = ticker.LogLocator(subs=(1.0,) if long else (1.0, 2.0, 5.0)).tick_values(self.low, self.high)
         else:
-            values = ticker.MaxNLocator(6).tick_values(self.low, self.high)
+            values = ticker.MaxNLocator(6, integer=self.whole, min_n_ticks=1).tick_values(self.low, self.high)
         slack = 1e-9 * abs(self.high - self.low)
         return [float(v) for v in values if self.low - slack <= v <= self.high + slack]
 
 
 def extent(values: Sequence[float], axis: Axis) -> tuple[float, float]:
-    """Lower and upper end of an axis: the finite values and a margin of 4 %."""
+    """Lower and upper end of an axis: the finite values and a margin of 5 %."""
     known = [v for v in values if math.isfinite(v) and (v > 0 or not axis.log)]
     if not known:
         return (1.0, 10.0) if axis.log else (0.0, 1.0)
@@ -175,14 +178,14 @@ def extent(values: Sequence[float], axis: Axis) -> tuple[float, float]:
     if axis.log:
         if low == high:
             return low / 1.5, high * 1.5
-        pad = (high / low) ** 0.04
+        pad = (high / low) ** 0.05
         return low / pad, high * pad
     if axis.zero:
         low = min(low, 0.0)
     if low == high:
         pad = abs(low) * 0.1 or 1.0
     else:
-        pad = 0.04 * (high - low)
+        pad = 0.05 * (high - low)
     return (low if axis.zero and low == 0 else low - pad), high + pad
 
 

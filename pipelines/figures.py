@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipelines.chart import COLOURS, Bars, Chart, Figure, Heat, Key, tick_text
 
@@ -78,10 +78,12 @@ def _scales(axes: Any, chart: Chart) -> None:
     axes.set_xlabel(chart.x.title)
     axes.set_ylabel(chart.y.title)
     short = FuncFormatter(lambda value, _: tick_text(value))
-    for side, axis, log in (("x", axes.xaxis, chart.x.log), ("y", axes.yaxis, chart.y.log)):
-        if log:
+    for side, axis, spec in (("x", axes.xaxis, chart.x), ("y", axes.yaxis, chart.y)):
+        if spec.log:
             getattr(axes, f"set_{side}scale")("log")
         axis.set_major_formatter(short)
+        if spec.whole:
+            axis.set_major_locator(MaxNLocator(6, integer=True))
     if chart.x.zero:
         axes.set_xlim(left=0)
     if chart.y.zero:

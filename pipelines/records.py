@@ -295,7 +295,12 @@ class Store:
         return target
 
     def read(
-        self, record: type[Record], sweep_id: str | None = None, *, columns: Sequence[str] | None = None
+        self,
+        record: type[Record],
+        sweep_id: str | None = None,
+        *,
+        columns: Sequence[str] | None = None,
+        trial_ids: Sequence[str] | None = None,
     ) -> pa.Table:
         """All rows of a table, of one sweep or of all; an empty table where there are none.
 
@@ -303,16 +308,23 @@ class Store:
             record: the table.
             sweep_id: one sweep; all where None.
             columns: only these; all where None. Columns that an older file lacks are null.
+            trial_ids: only these trials; all where None.
 
         Raises:
             ValueError: a file was written by a newer version than this one.
         """
         try:
-            return self._read(record, sweep_id, columns)
+            return self._read(record, sweep_id, columns, trial_ids)
         except FileNotFoundError:  # compacted while we read
-            return self._read(record, sweep_id, columns)
+            return self._read(record, sweep_id, columns, trial_ids)
 
-    def _read(self, record: type[Record], sweep_id: str | None, columns: Sequence[str] | None) -> pa.Table:
+    def _read(
+        self,
+        record: type[Record],
+        sweep_id: str | None,
+        columns: Sequence[str] | None,
+        trial_ids: Sequence[str] | None,
+    ) -> pa.Table:
         schema = arrow_schema(record)
         paths = self.files(record, sweep_id)
         if not paths:
@@ -320,7 +332,11 @@ class Store:
         data = pads.dataset(paths, schema=schema, format="parquet", filesystem=self.fs)
         for fragment in data.get_fragments():
             parquet.check_version(fragment, SCHEMA_VERSION)
-        return data.to_table(columns=list(columns) if columns else None, filter=parquet.without_stale_rows(paths))
+        rows = parquet.without_stale_rows(paths)
+        if trial_ids is not None:
+            wanted = pads.field("trial_id").isin(list(trial_ids))
+            rows = wanted if rows is None else rows & wanted
+        return data.to_table(columns=list(columns) if columns else None, filter=rows)
 
     def files(self, record: type[Record], sweep_id: str | None = None) -> list[str]:
         """Paths of a table's Parquet files, of one sweep or of all, sorted."""

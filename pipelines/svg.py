@@ -74,9 +74,11 @@ _POLYGONS = {
 }
 
 
-def _open(figure: Figure, height: float) -> str:
+def _open(figure: Figure, height: float, width: float = WIDTH) -> str:
+    small = f' style="max-width:{width:.0f}px"' if width < WIDTH else ""
+    kind = "chart small" if small else "chart"
     return (
-        f'<svg id="{escape(figure.id)}" class="chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'<svg id="{escape(figure.id)}" class="{kind}"{small} viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="{escape(figure.alt)}" preserveAspectRatio="xMidYMid meet">'
     )
 
@@ -87,7 +89,7 @@ def _chart(chart: Chart) -> str:
     legend, rows = _legend(chart.legend, _LEFT, WIDTH - right)
     top = _TOP + 20 * rows
     height = chart.height + 20 * rows
-    x = Scale(low=x_low, high=x_high, start=_LEFT, end=WIDTH - right, log=chart.x.log)
+    x = Scale(low=x_low, high=x_high, start=_LEFT, end=WIDTH - right, log=chart.x.log, whole=chart.x.whole)
     y = Scale(low=y_low, high=y_high, start=height - _BOTTOM, end=top, log=chart.y.log)
     parts = [_open(chart, height), legend, _frame(chart, x, y)]
     for band in chart.bands:
@@ -230,10 +232,11 @@ def _bar_row(bars: Bars, i: int, label: str, row: Sequence[float], x: Scale, y: 
 
 def _heat(heat: Heat) -> str:
     left = 18 + 7.0 * max((len(row) for row in heat.rows), default=4)
-    wide = min(64.0, (WIDTH - left - 20) / max(len(heat.columns), 1))
+    wide = min(56.0, (WIDTH - left - 20) / max(len(heat.columns), 1))
+    width = max(left + wide * len(heat.columns) + 12, 340)
     tall, top = 24, 28
     bottom = top + tall * len(heat.rows)
-    parts = [_open(heat, bottom + 34), '<g class="axes">']
+    parts = [_open(heat, bottom + 34, width), '<g class="axes">']
     every = max(1, math.ceil(len(heat.columns) * 34 / (WIDTH - left)))
     for j, column in enumerate(heat.columns):
         if j % every == 0:
@@ -250,6 +253,10 @@ def _heat(heat: Heat) -> str:
                 share = min(max(value / heat.top, 0.0), 1.0)
                 box = f'<rect class="cell" x="{left + wide * j:.1f}" y="{top + tall * i}" width="{wide - 1:.1f}"'
                 parts.append(f'{box} height="{tall - 1}" fill-opacity="{share:.3f}">{_title(tip)}</rect>')
+                if wide >= 38:
+                    side = " on" if share > 0.5 else ""
+                    at = f'x="{left + wide * (j + 0.5):.1f}" y="{top + tall * i + 16}"'
+                    parts.append(f'<text class="mid value{side}" {at}>{value:.2f}</text>')
     return "".join([*parts, "</svg>"])
 
 
