@@ -13,6 +13,7 @@ from moe import REGULARIZERS, ROUTERS
 
 DENSE = "dense"
 NO_REGULARIZER = "none"
+DEFAULT_EXPERTS = 8
 PRICED_ROUTERS = frozenset({"energy", "opening", "piggyback"})
 # Keys that say where and how a trial runs, not which experiment it is.
 _NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads")
@@ -36,7 +37,7 @@ class TrialConfig(pydantic.BaseModel):
     dropout: float | None = pydantic.Field(None, ge=0, lt=1)
     moe_layers: tuple[int, ...] | None = None
     router: str = "topk"
-    num_experts: int = pydantic.Field(8, ge=1)
+    num_experts: int | None = pydantic.Field(None, ge=1)
     expert_width_factors: tuple[float, ...] | None = None
     top_k: int = pydantic.Field(2, ge=1)
     energy_lambda: float = pydantic.Field(0.0, ge=0)
@@ -92,13 +93,8 @@ class TrialConfig(pydantic.BaseModel):
         _known("router", self.router, (DENSE, *ROUTERS))
         _known("regularizer", self.regularizer, (NO_REGULARIZER, *REGULARIZERS))
         factors = self.width_factors
-        if self.expert_width_factors is not None and "num_experts" in self.model_fields_set:
-            _expect(
-                "expert_width_factors",
-                f"{self.num_experts} widths (num_experts)",
-                len(factors) == self.num_experts,
-                len(factors),
-            )
+        count = len(factors) if self.num_experts is None else self.num_experts
+        _expect("expert_width_factors", f"{count} widths (num_experts)", len(factors) == count, len(factors))
         _expect(
             "expert_width_factors", "widths ≥ 0, one of them above 0", min(factors) >= 0 and max(factors) > 0, factors
         )
@@ -124,7 +120,9 @@ class TrialConfig(pydantic.BaseModel):
     @property
     def width_factors(self) -> tuple[float, ...]:
         """Width of each expert relative to the dense feed-forward block; 0 is a null expert."""
-        return self.expert_width_factors if self.expert_width_factors is not None else (1.0,) * self.num_experts
+        if self.expert_width_factors is not None:
+            return self.expert_width_factors
+        return (1.0,) * (self.num_experts or DEFAULT_EXPERTS)
 
     @property
     def is_priced(self) -> bool:

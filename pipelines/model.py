@@ -81,9 +81,13 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
     dense.config.loss_type = "ForCausalLM"
     positions, vocabulary = dense.config.n_positions, dense.config.vocab_size
     if config.seq_len > positions:
-        raise ConfigError(f"seq_len: expected at most {positions}, as {config.base} has positions, got {config.seq_len}")
+        raise ConfigError(
+            f"seq_len: expected at most {positions}, as {config.base} has positions, got {config.seq_len}"
+        )
     if corpus.vocab_size > vocabulary:
-        raise ConfigError(f"tokenizer: expected at most {vocabulary} tokens, as {config.base} has, got {corpus.vocab_size}")
+        raise ConfigError(
+            f"tokenizer: expected at most {vocabulary} tokens, as {config.base} has, got {corpus.vocab_size}"
+        )
     return dense
 
 

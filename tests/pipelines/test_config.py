@@ -87,3 +87,9 @@ def test_the_dense_model_has_no_experts(tiny: dict[str, Any]) -> None:
 
 def test_numbers_may_come_as_yaml_text(tiny: dict[str, Any]) -> None:
     assert TrialConfig.parse(tiny | {"learning_rate": "1e-3"}).learning_rate == 1e-3
+
+
+def test_a_config_survives_json(tiny: dict[str, Any]) -> None:
+    config = TrialConfig.parse(tiny)
+    assert TrialConfig.parse(config.model_dump(mode="json")) == config
+    assert TrialConfig.parse({"num_experts": 4}).width_factors == (1.0,) * 4
