@@ -17,8 +17,8 @@ from hwcost.readers import Clock
 
 ACQUIRE_S = 1.5  # how long to look for the counter's first steps
 FROZEN_S = 3.0  # a counter that does not move for so long is not believed
+RETRY_S = 0.1  # pause after a read that failed
 FAST_S = 1e-3  # reads cheaper than this are spaced by this
-KNOT_S = 0.1  # of a counter that steps more often, only every n-th step is looked for
 
 OnStep = Callable[[float, float, float], None]
 
@@ -30,13 +30,21 @@ class CounterFollower:
         read: the counter in joules; None when it cannot be read now.
         on_step: told of every step found.
         stop: set when the follower must return.
+        wake: set when it must stop sleeping.
     """
 
-    def __init__(self, read: Callable[[], float | None], on_step: OnStep, clock: Clock, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        read: Callable[[], float | None],
+        on_step: OnStep,
+        clock: Clock,
+        stop: threading.Event,
+        wake: threading.Event,
+    ) -> None:
         self.period_s: float | None = None
         self.cost_s = 0.0
         self.frozen = False
-        self._read, self._on_step, self._clock, self._stop = read, on_step, clock, stop
+        self._read, self._on_step, self._clock, self._stop, self._wake = read, on_step, clock, stop, wake
         self._acquired = False
         self._raw_j: float | None = None
         self._step_s = self._moved_s = clock.monotonic()
@@ -46,10 +54,10 @@ class CounterFollower:
         """After a pause of unknown length, look for the steps anew."""
         self._acquired = False
 
-    def follow(self) -> None:
-        """Return after the next step, or after having waited for one in vain."""
+    def follow(self, spacing_s: float = 0.1) -> None:
+        """Return after the next step that is `spacing_s` or more past the last, or after having waited in vain."""
         if self._acquired and self.period_s is not None:
-            self._await_step(self.period_s)
+            self._await_step(self.period_s, max(1, round(spacing_s / self.period_s)))
         else:
             self._acquire()
 
@@ -83,19 +91,18 @@ class CounterFollower:
             self.cost_s, self._acquired = statistics.median(costs), True
             self._margin_s = max(0.005, 2 * self.cost_s)
         elif last is None:
-            self._clock.wait(self._stop, KNOT_S)
+            self._clock.wait(self._stop, RETRY_S)
         else:
             self._raw_j = last[0]
             self._check_frozen(last[1])
 
-    def _await_step(self, period: float) -> None:
+    def _await_step(self, period: float, stride: int) -> None:
         """Sleep until shortly before the next step is due, then read until the counter moves."""
         now = self._clock.monotonic()
-        stride = max(1, round(KNOT_S / period))
         expected = self._step_s + stride * period
         if expected < now:
             expected += math.ceil((now - expected) / period) * period
-        if self._clock.wait(self._stop, expected - self._margin_s - now):
+        if self._clock.wait(self._wake, expected - self._margin_s - now):
             return
         before: float | None = None
         while not self._stop.is_set():

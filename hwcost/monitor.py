@@ -18,7 +18,7 @@ from hwcost.readers import Clock, DeviceInfo, DeviceReader, PowerBaseline, Syste
 from hwcost.sampler import DeviceSampler
 from hwcost.windows import Measurement, Span, combine, least_trusted, total
 
-PERIOD_S = 0.1
+PERIOD_S = 0.25
 READY_S = 2.0
 SETTLE_S = 1.5
 BEAT_S = 1.0
@@ -174,7 +174,7 @@ class EnergyMonitor:
 
     @property
     def source(self) -> str | None:
-        """Where the joules come from, of several devices the least trustworthy source; None when nothing is measured."""
+        """Where the joules come from; of several devices the least trustworthy source. None: nothing is measured."""
         return least_trusted([sampler.source for sampler in self.samplers])
 
     # -- windows -------------------------------------------------------------------------------------------------------

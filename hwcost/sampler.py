@@ -16,6 +16,8 @@ from hwcost.windows import Span
 
 POWER_EVERY_S = 0.1  # without a counter: spacing of the power samples
 RING_EVERY_S = 0.5  # the driver's ring holds two seconds
+KNOT_EVERY_S = 0.3  # with a ring that the counter agrees with, not every step is looked for
+EDGE_EVERY_S = 0.02  # while an edge waits for the ring
 PROCESSES_EVERY_S = 1.0
 STALE_S = 10.0  # a sampler that was not heard of for so long hangs in a read
 GRACE_S = 1.0  # how long an edge waits for what lies beyond it
@@ -45,13 +47,13 @@ class DeviceSampler:
         self.system, self.phase, self.beat = system, phase, beat
         self.guard = Guard(flag=self.note, stand=self.stand)
         self.curve = CounterCurve(limit_w=reader.info.power_limit_w)
-        self.instant, self.ring = PowerIntegral(), PowerIntegral(gap_s=0.25)
+        self.instant, self.ring = PowerIntegral(), PowerIntegral(gap_s=0.25, averages=True)
         self.restarts = 0
         self.heartbeat_s = clock.monotonic()
         self.ready = threading.Event()
         self.thread: threading.Thread | None = None
-        self._stop = threading.Event()
-        self.counter = CounterFollower(self._read_counter, self._add_knot, clock, self._stop)
+        self._stop, self._wake = threading.Event(), threading.Event()
+        self.counter = CounterFollower(self._read_counter, self._add_knot, clock, self._stop, self._wake)
         self._standing: dict[str, None] = {}
         self._spans: list[Span] = []
         self._lock = threading.RLock()
@@ -60,6 +62,7 @@ class DeviceSampler:
         self._last: dict[str, Any] = {}
         self._last_tick_s: float | None = None
         self._ring_since_us = 0
+        self._trusted = False
         self._wall_offset: float | None = None
         self._occupancy: Occupancy | None = None
 
@@ -73,6 +76,7 @@ class DeviceSampler:
     def stop(self) -> None:
         """End the thread and settle every window that was closed."""
         self._stop.set()
+        self._wake.set()
         if self.thread is not None and self.thread is not threading.current_thread():
             self.thread.join(timeout=2.0)
         self.settle(force=True)
@@ -115,6 +119,7 @@ class DeviceSampler:
             self._read_now(time_s)
         with self._lock:
             span.end_s = time_s
+        self._wake.set()
         if not self.reader.stepped:
             self.settle()
 
@@ -161,11 +166,15 @@ class DeviceSampler:
             self._read_now(self.clock.monotonic())
         elif "energy" in self.guard.unavailable:
             self.clock.wait(self._stop, POWER_EVERY_S)
+        elif self._trusted and self._pending():
+            self._wake.clear()
+            self.clock.wait(self._stop, EDGE_EVERY_S)
         else:
-            self.counter.follow()
+            self.counter.follow(KNOT_EVERY_S if self._trusted else 0.0)
         self._sample()
         self._drain_ring()
         self._bridge()
+        self._trusted = bool(self.ring) and self.curve.trusts(self.ring)
         self.settle(force=self.guard.lost)
         self.ready.set()
 
@@ -212,9 +221,10 @@ class DeviceSampler:
         if self.counter.frozen:
             self.note("counter_frozen")
         with self._lock:
-            if self.curve.knots and self.instant:
-                last, now = self.curve.knots[-1].time_s, self.instant.times[-1]
-                self.curve.bridge(now, self.instant.between(last, now))
+            power = self._shape()
+            if self.curve.knots and power:
+                last, now = self.curve.knots[-1].time_s, power.times[-1]
+                self.curve.bridge(now, power.between(last, now))
 
     # -- fields --------------------------------------------------------------------------------------------------------
 
@@ -317,8 +327,11 @@ class DeviceSampler:
     def _reading(self, time_s: float) -> Reading | None:
         if self.curve.knots:
             return self.curve.at(time_s, self._shape())
-        power = self.instant.at(time_s)  # there never was a counter
+        power = self._shape().at(time_s)  # there never was a counter
         return power and Reading(power.energy_j, power.sigma_j, power.covered_s, bridged_s=power.covered_s)
+
+    def _powers(self, time_s: float) -> tuple[Reading | None, Reading | None]:
+        return self.ring.at(time_s), self.instant.at(time_s)
 
     def settle(self, *, force: bool = False) -> None:
         """Fix the edges of windows as soon as what lies beyond them is known, or `GRACE_S` later without it."""
@@ -326,9 +339,9 @@ class DeviceSampler:
             now = self.clock.monotonic()
             for span in list(self._spans):
                 if span.start is None and (force or self._beyond(span.start_s, now)):
-                    span.start, span.integral_start = self._reading(span.start_s), self.instant.at(span.start_s)
+                    span.start, span.powers_start = self._reading(span.start_s), self._powers(span.start_s)
                 if span.end_s is not None and (force or self._beyond(span.end_s, now)):
-                    span.end, span.integral_end = self._reading(span.end_s), self.instant.at(span.end_s)
+                    span.end, span.powers_end = self._reading(span.end_s), self._powers(span.end_s)
                     self._spans.remove(span)
                     span.settled.set()
 
@@ -336,8 +349,9 @@ class DeviceSampler:
         if not self.reader.stepped or now > time_s + GRACE_S:
             return True
         if not self._counting():
-            return bool(self.instant) and self.instant.times[-1] >= time_s
+            power = self._shape()
+            return bool(power) and power.times[-1] >= time_s
+        if self._trusted:
+            return self.ring.surrounds(time_s)
         knots = self.curve.knots
-        if not knots or knots[-1].time_s < time_s:
-            return False
-        return not self.ring or self.ring.times[-1] >= time_s
+        return bool(knots) and knots[-1].time_s >= time_s and (not self.ring or self.ring.times[-1] >= time_s)

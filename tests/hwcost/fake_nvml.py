@@ -33,10 +33,10 @@ class World:
         return WALL_0 + self.now + self.wall_shift
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
-        if event.is_set():
-            return True
-        self.advance(max(seconds, 0.0))
-        return False
+        end = self.now + max(seconds, 0.0)
+        while not event.is_set() and self.now < end:
+            self.advance(min([end, *(max(h[0], self.now) for h in self.hooks)]) - self.now)
+        return event.is_set()
 
     def advance(self, seconds: float) -> None:
         end = self.now + seconds
@@ -154,7 +154,8 @@ class Board:
     def read_ring(self, since_us: int) -> list[Any]:
         last = np.floor(self.world.now / self.ring_s)
         times = self.ring_s * (last - np.arange(118, -1, -1))
-        watts = self.power(times)
+        edges = np.array([self.true_energy(t) for t in [times[0] - self.ring_s, *times]])
+        watts = np.diff(edges) / self.ring_s
         shift = WALL_0 + self.world.wall_shift
         stamps = [int(1e6 * (t + shift)) for t in times]
         return [

