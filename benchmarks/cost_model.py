@@ -15,7 +15,7 @@ from rich.table import Table
 from hwcost.cost_model import Conditions, CostModel
 from hwcost.judge import leave_out, relative_errors, with_errors
 from hwcost.points import Calibration
-from pipelines import calibrate
+from pipelines import calibrate, calibrate_plan
 from pipelines.calibrate_show import table
 
 
@@ -52,9 +52,9 @@ def main() -> None:
         judge(options.points, console)
         return
     plans = {
-        "full": lambda: calibrate.full_plan(options.budget_s),
-        "small": calibrate.small_plan,
-        "smoke": calibrate.smoke_plan,
+        "full": lambda: calibrate_plan.full_plan(options.budget_s),
+        "small": calibrate_plan.small_plan,
+        "smoke": calibrate_plan.smoke_plan,
     }
     device = "cpu" if options.plan == "small" else "cuda"
     measured = calibrate.measure(plans[options.plan](), device=device, console=console, raw=options.points)

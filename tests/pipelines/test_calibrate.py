@@ -14,7 +14,7 @@ from rich.console import Console
 from hwcost.cost_model import CostModel
 from hwcost.ops import STEP_PHASES
 from hwcost.points import Calibration, ProbeSpec
-from pipelines import calibrate
+from pipelines import calibrate, calibrate_plan
 from pipelines.calibrate_steps import DecodeStep, TrainStep, zipf_tokens
 from pipelines.calibrate_workers import Ran, Worker, WorkerError
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(op, **changes):
-    spec = next(spec for spec in calibrate.small_plan().specs if spec.kind == op)
+    spec = next(spec for spec in calibrate_plan.small_plan().specs if spec.kind == op)
     return {**spec.params, **changes}
 
 
@@ -30,7 +30,7 @@ def tiny(op, **changes):
 
 
 def test_the_full_plan_covers_what_is_promised():
-    plan = calibrate.full_plan()
+    plan = calibrate_plan.full_plan()
     names = [spec.name for spec in plan.all_specs]
     assert len(names) == len(set(names))
     train = [spec for spec in plan.specs if spec.kind == "train_step"]
@@ -48,7 +48,7 @@ def test_the_full_plan_covers_what_is_promised():
 
 
 def test_one_code_is_built_once_and_open_experts_share_it():
-    plan = calibrate.full_plan()
+    plan = calibrate_plan.full_plan()
     decode = [spec for spec in plan.specs if spec.kind == "decode_step"]
     assert len({spec.code for spec in decode}) < len(decode) / 2
     shares = calibrate._share(list(plan.specs), 6)
@@ -57,7 +57,7 @@ def test_one_code_is_built_once_and_open_experts_share_it():
 
 
 def test_points_are_taken_in_random_order_within_a_tier():
-    plan = dataclasses.replace(calibrate.full_plan(), seed=3)
+    plan = dataclasses.replace(calibrate_plan.full_plan(), seed=3)
     order = [spec.name for spec in calibrator(plan)._order()]
     other = [spec.name for spec in calibrator(dataclasses.replace(plan, seed=4))._order()]
     assert order != other
@@ -141,7 +141,7 @@ def workers(monkeypatch):
 
 
 def test_everything_is_measured_and_written(workers, tmp_path):
-    plan = calibrate.small_plan()
+    plan = calibrate_plan.small_plan()
     measured = calibrator(plan, raw=tmp_path / "points.json").run()
     assert measured.skipped == ()
     assert {p.name for p in measured.points} == {spec.name for spec in plan.all_specs} | {"idle-bare", "idle-context"}
@@ -152,7 +152,7 @@ def test_everything_is_measured_and_written(workers, tmp_path):
 
 
 def test_what_cannot_be_built_or_measured_is_left_out_with_a_reason(workers, monkeypatch):
-    plan = calibrate.small_plan()
+    plan = calibrate_plan.small_plan()
     train = [spec.name for spec in plan.specs if spec.kind == "train_step"]
     monkeypatch.setattr(workers, "broken", (train[0],))
     measured = calibrator(plan, monitor=FakeMonitor(blind=(train[1],))).run()
@@ -163,7 +163,7 @@ def test_what_cannot_be_built_or_measured_is_left_out_with_a_reason(workers, mon
 
 
 def test_code_that_is_not_ready_in_time_is_left_out(workers, monkeypatch):
-    plan = dataclasses.replace(calibrate.small_plan(), prepare_s=0.2)
+    plan = dataclasses.replace(calibrate_plan.small_plan(), prepare_s=0.2)
     last = [spec.name for spec in plan.specs][-1]
     monkeypatch.setattr(workers, "slow", (last,))
     measured = calibrator(plan).run()
@@ -172,7 +172,7 @@ def test_code_that_is_not_ready_in_time_is_left_out(workers, monkeypatch):
 
 
 def test_out_of_time_leaves_out_the_rest_but_never_the_last(workers):
-    plan = dataclasses.replace(calibrate.small_plan(), budget_s=0.0)
+    plan = dataclasses.replace(calibrate_plan.small_plan(), budget_s=0.0)
     measured = calibrator(plan).run()
     assert [p.name for p in measured.points] == ["idle-bare", "idle-context", "anchor-end"]
     assert all(reason.endswith(("out of time",)) for reason in measured.skipped)
