@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -104,12 +103,13 @@ def _allocator_retry_s(size: int) -> float:
 
 
 def _serve(connection: Connection, device: str, threads: int) -> None:
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     import torch
+    import torch._inductor.config as inductor
 
     from pipelines.calibrate_steps import many_shapes
 
-    torch.set_num_threads(max(1, threads))
+    inductor.compile_threads = threads
+    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     bench = Bench(device)
     connection.send(("ok", None))
@@ -153,7 +153,7 @@ class WorkerError(RuntimeError):
 class Worker:
     """A `Bench` in a process of its own. `ask` sends, `answer` waits, `call` does both."""
 
-    def __init__(self, device: str, *, threads: int, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, device: str, *, threads: int) -> None:
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, device, threads), daemon=False)
