@@ -44,11 +44,19 @@ def main() -> None:
     run.add_argument("--plan", choices=("full", "small", "smoke"), default="full")
     run.add_argument("--points", type=Path, required=True)
     run.add_argument("--budget-s", type=float, default=510.0)
+    whole = commands.add_parser("calibrate", help="what `joulemoe calibrate` does")
+    whole.add_argument("--out", type=Path, required=True)
+    whole.add_argument("--points", type=Path, required=True)
+    whole.add_argument("--budget-s", type=float, default=510.0)
     judged = commands.add_parser("judge", help="errors of a fit to measured points")
     judged.add_argument("points", type=Path)
     options = parser.parse_args()
     console = Console(width=160)
     if options.command == "judge":
+        judge(options.points, console)
+        return
+    if options.command == "calibrate":
+        calibrate.calibrate(options.out, raw=options.points, budget_s=options.budget_s, console=console)
         judge(options.points, console)
         return
     plans = {

@@ -27,8 +27,10 @@ _SLOWDOWN_C = 89.0
 Kept = Callable[[Point], bool]
 
 
-def fit_profile(calibration: Calibration, *, name: str, keep: Kept | None = None) -> Profile:
-    """A profile from the points that are not held out (and that `keep` keeps).
+def fit_profile(
+    calibration: Calibration, *, name: str, keep: Kept | None = None, bootstraps: int = _BOOTSTRAPS
+) -> Profile:
+    """A profile from the points that are not held out (and that `keep` keeps); no intervals with 0 `bootstraps`.
 
     Raises:
         ValueError: too few points, or no idle window.
@@ -40,8 +42,8 @@ def fit_profile(calibration: Calibration, *, name: str, keep: Kept | None = None
     if len(busy) < 4:
         raise ValueError(f"calibration points: expected at least 4 that are not held out, got {len(busy)}")
     idle_w, context_w = _idle(points)
-    energy, energy_intervals = _fit_energy(busy, idle_w + context_w)
-    seconds, seconds_intervals = _fit_seconds(busy)
+    energy, energy_intervals = _fit_energy(busy, idle_w + context_w, bootstraps)
+    seconds, seconds_intervals = _fit_seconds(busy, bootstraps)
     device = calibration.device
     return Profile(
         name=name,
@@ -81,37 +83,44 @@ def _weights(points: Sequence[Point]) -> np.ndarray:
     return np.array([1.0 if point.kind in _STEPS else _KERNEL_WEIGHT for point in points])
 
 
-def _fit_energy(points: Sequence[Point], static_w: float) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+def _fit_energy(
+    points: Sequence[Point], static_w: float, bootstraps: int
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     names = ["active_w", "leak_w_per_c", *COUNTERS]
     seconds = np.array([point.seconds_per_call for point in points])
     joules = np.array([point.energy_per_call_j for point in points])
     warm = np.array([max(0.0, (p.mean_temperature_c or LEAK_FROM_C) - LEAK_FROM_C) for p in points])
     rows = np.column_stack([seconds, seconds * warm, np.array([point.counts.vector() for point in points])])
     weight = _weights(points) / joules
-    return _nnls_with_intervals(rows, joules - static_w * seconds, weight, names, prefix="energy.")
+    return _nnls_with_intervals(
+        rows, joules - static_w * seconds, weight, names, prefix="energy.", bootstraps=bootstraps
+    )
 
 
-def _fit_seconds(points: Sequence[Point]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+def _fit_seconds(points: Sequence[Point], bootstraps: int) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     seconds = np.array([point.seconds_per_call for point in points])
     rows = np.array([point.counts.vector() for point in points])
-    return _nnls_with_intervals(rows, seconds, _weights(points) / seconds, list(COUNTERS), prefix="seconds.")
+    return _nnls_with_intervals(
+        rows, seconds, _weights(points) / seconds, list(COUNTERS), prefix="seconds.", bootstraps=bootstraps
+    )
 
 
 def _nnls_with_intervals(
-    rows: np.ndarray, target: np.ndarray, weight: np.ndarray, names: Sequence[str], *, prefix: str
+    rows: np.ndarray, target: np.ndarray, weight: np.ndarray, names: Sequence[str], *, prefix: str, bootstraps: int
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Coefficients ≥ 0 and their 95 % intervals from a bootstrap over the points."""
     weighted, aim = rows * weight[:, None], target * weight
     best = _nnls(weighted, aim)
+    values = dict(zip(names, map(float, best), strict=True))
+    if not bootstraps:
+        return values, {}
     generator = np.random.default_rng(0)
     draws = []
-    for _ in range(_BOOTSTRAPS):
+    for _ in range(bootstraps):
         pick = generator.integers(0, len(aim), len(aim))
         draws.append(_nnls(weighted[pick], aim[pick]))
     low, high = np.percentile(np.array(draws), [2.5, 97.5], axis=0)
-    values = dict(zip(names, map(float, best), strict=True))
-    intervals = {prefix + name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
-    return values, intervals
+    return values, {prefix + name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
 
 
 def _nnls(rows: np.ndarray, target: np.ndarray) -> np.ndarray:

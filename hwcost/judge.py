@@ -125,8 +125,10 @@ def leave_out(calibration: Calibration) -> list[LeftOut]:
 def _left_out(
     calibration: Calibration, name: str, out: Sequence[Point], group: Callable[[Point], float], value: float
 ) -> LeftOut:
-    profile = fit_profile(calibration, name=name, keep=lambda p: p.kind != "train_step" or group(p) != value)
-    model = CostModel(profile)
+    def keep(point: Point) -> bool:
+        return point.kind != "train_step" or group(point) != value
+
+    model = CostModel(fit_profile(calibration, name=name, keep=keep, bootstraps=0))
     return LeftOut(
         group=name,
         points=len(out),
