@@ -1,30 +1,51 @@
-"""Commands that read results: fronts, comparisons, reports, MLflow."""
+"""Commands that read results: fronts, comparisons, reports, exports, MLflow."""
 
 from __future__ import annotations
 
+import enum
 import os
-from typing import Annotated
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pipelines.records import Store
 
 Out = Annotated[str, typer.Argument(help="Folder (or URI) with the results.")]
 Sweep = Annotated[str | None, typer.Option(help="Sweep id; default: the newest.")]
 Uri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow; default: sqlite in OUT.")]
+Tokens = Annotated[float | None, typer.Option(min=0, help="Tokens decoded over the model's life.")]
+Rows = Annotated[str, typer.Option("--table", help="trials, or points (every epoch boundary).")]
+
+
+class Format(enum.StrEnum):
+    """How a front is printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file to the command line."""
-    for command in (pareto, report, mirror, ui):
+    for command in (pareto, compare, report, export, compact, mirror, ui, schema):
         app.command()(command)
 
 
 def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str, tracking_uri: str | None) -> bool:
-    """End a sweep: print its front, write its report, bring MLflow up to date, print the links.
+    """End a sweep: compact its tables, print its front, write its report, bring MLflow up to date, print the links.
 
     Returns:
         True where a front with at least one member was written.
     """
+    from pipelines import compaction
     from pipelines.pareto import pareto_front
     from pipelines.records import Store
     from pipelines.report import write_report
@@ -32,6 +53,10 @@ def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str,
     from pipelines.tracking import Tracker
 
     store = Store(out)
+    try:
+        compaction.compact(store, sweep_id)
+    except (OSError, RuntimeError) as error:
+        console.print(f"The tables stay in many files ({error}).", markup=False)
     front = pareto_front(store, sweep_id=sweep_id)
     print_front(front, console)
     if not len(front):
@@ -46,62 +71,224 @@ def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str,
     paths = write_report(out, sweep_id, links=links)
     tracker.start_sweep(sweep_id)
     tracker.finish_sweep(front, artifacts=paths)
-    console.print(f"report: {paths[0]}", markup=False, soft_wrap=True)
+    console.print(f"Report: {paths[0]}", markup=False, soft_wrap=True)
     if links:
         console.print(f"MLflow: joulemoe ui {out}", markup=False, soft_wrap=True)
-        console.print(f"compare the trials there: {tracker.compare_url(sweep_id)}", markup=False, soft_wrap=True)
+        console.print(f"Compare the trials there: {tracker.compare_url(sweep_id)}", markup=False, soft_wrap=True)
     return True
 
 
-def pareto(out: Out, sweep: Sweep = None, x: str = "train_energy_j", y: str = "eval_loss_nats") -> None:
+def pareto(
+    out: Out,
+    sweep: Sweep = None,
+    x: Annotated[str, typer.Option(help="COLUMN, COLUMN:min or COLUMN:max.")] = "train_energy_j",
+    y: Annotated[str, typer.Option(help="Second axis.")] = "eval_loss_nats",
+    z: Annotated[str | None, typer.Option(help="Third axis.")] = None,
+    rows: Rows = "trials",
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.table,
+    mix: Annotated[bool, typer.Option(help="Put energy sources, GPU models and power limits together.")] = False,
+    per_trial: Annotated[bool, typer.Option(help="Do not average over seeds.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="A front for every energy source and GPU model.")] = False,
+    decode_tokens: Tokens = None,
+) -> None:
     """Print the front, its hypervolume and its knee, from Parquet alone."""
-    from pipelines.pareto import pareto_front
+    from pipelines.pareto import LIFETIME, pareto_front, pareto_fronts
     from pipelines.records import Store
-    from pipelines.show import print_front
+    from pipelines.show import front_csv, print_front
 
-    store = Store(out)
-    print_front(pareto_front(store, x, y, sweep_id=_sweep(store, sweep)))
+    with _one_line():
+        store = Store(out)
+        x = LIFETIME if decode_tokens is not None and x == "train_energy_j" else x
+        make = pareto_fronts if every else lambda *a, **k: [pareto_front(*a, **k)]
+        axes = (x, y) if z is None else (x, y, z)
+        fronts = make(
+            store,
+            *axes,
+            sweep_id=_sweep(store, sweep),
+            table=rows,
+            mix=mix,
+            per_trial=per_trial,
+            decode_tokens=decode_tokens,
+        )
+    for front in fronts:
+        if form is Format.json:
+            typer.echo(front.to_json())
+        elif form is Format.csv:
+            typer.echo(front_csv(front), nl=False)
+        else:
+            print_front(front, _console())
 
 
-def report(out: Out, sweep: Sweep = None) -> None:
+def compare(
+    out: Out,
+    baseline: Annotated[str, typer.Option(help="For example 'router=topk,top_k=2'.")],
+    candidate: Annotated[str, typer.Option(help="For example 'router=energy,energy_lambda>0'.")],
+    sweep: Sweep = None,
+    rows: Rows = "trials",
+    margin: Annotated[float, typer.Option(min=0, help="Losses closer than this are equal, nat per token.")] = 0.01,
+    alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Level of the tests.")] = 0.05,
+) -> None:
+    """Say how many joules a candidate saves at equal loss, with evidence or without."""
+    from pipelines import compare as comparing
+    from pipelines.records import Store
+    from pipelines.sections_savings import PAIR_HEAD, pair_cells, verdict
+
+    with _one_line():
+        store = Store(out)
+        found = comparing.compare(
+            store, baseline, candidate, sweep_id=_sweep(store, sweep), table=rows, margin=margin, alpha=alpha
+        )
+    console = _console()
+    sheet = Table(title=f"{candidate}  against  {baseline}, equal within ±{margin:g} nat", title_justify="left")
+    for head in PAIR_HEAD:
+        sheet.add_column(head)
+    order = sorted(found.pairs, key=lambda pair: pair.verdict == comparing.NO_EVIDENCE)
+    for pair in order[:40]:
+        sheet.add_row(*map(escape, pair_cells(pair)))
+    console.print(sheet)
+    loss = found.loss_at_equal_joules
+    console.print(verdict(found), markup=False)
+    if loss is not None:
+        span = "one seed gives no interval" if loss.low is None else f"{loss.low:+.4f} to {loss.high:+.4f}"
+        console.print(f"At equal joules the loss differs by {loss.mean:+.4f} nat on average ({span}).", markup=False)
+    for left in found.left_out:
+        console.print(f"left out: {left.count} × {left.reason}", markup=False)
+
+
+def report(
+    out: Out,
+    sweep: Sweep = None,
+    watch: Annotated[bool, typer.Option(help="Follow a running sweep; stop with Ctrl-C.")] = False,
+    every_s: Annotated[float, typer.Option(min=1, help="How often to look, with --watch.")] = 10.0,
+    every_figure: Annotated[bool, typer.Option("--all-figures", help="Every figure as PNG and SVG.")] = False,
+    decode_tokens: Tokens = None,
+    price_per_kwh: Annotated[float | None, typer.Option(min=0, help="Price of a kWh, any currency.")] = None,
+    co2_per_kwh: Annotated[float | None, typer.Option(min=0, help="Grams of CO2 per kWh.")] = None,
+    tracking_uri: Uri = None,
+) -> None:
     """Write the report of a sweep: one HTML page and figures."""
     from pipelines.records import Store
-    from pipelines.report import write_report
+    from pipelines.report import Bill, write_report
+    from pipelines.report import watch as follow
 
-    for path in write_report(out, _sweep(Store(out), sweep)):
-        typer.echo(str(path))
+    bill = Bill(decode_tokens=decode_tokens, price_per_kwh=price_per_kwh, co2_g_per_kwh=co2_per_kwh)
+    with _one_line():
+        sweep_id = _sweep(Store(out), sweep)
+        if watch:
+            try:
+                for page in follow(out, sweep_id, every_s=every_s, bill=bill):
+                    typer.echo(f"{page} written; it reloads itself")
+            except KeyboardInterrupt:
+                return
+        links, compare_link = _links(out, sweep_id, tracking_uri)
+        for path in write_report(out, sweep_id, links=links, bill=bill, every_figure=every_figure):
+            typer.echo(str(path))
+    if compare_link:
+        typer.echo(f"Compare the trials in MLflow (joulemoe ui {out}): {compare_link}")
+
+
+def export(
+    out: Out,
+    sweep: Sweep = None,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV (the only format so far).")] = True,
+    to: Annotated[Path | None, typer.Option(help="Folder for the files; default: OUT/export/SWEEP.")] = None,
+) -> None:
+    """Write the tables of a sweep as CSV; lists become JSON."""
+    from pipelines.export import export_csv
+    from pipelines.records import Store
+
+    with _one_line():
+        if not csv:
+            raise ValueError("format: expected --csv, got --no-csv")
+        store = Store(out)
+        sweep_id = _sweep(store, sweep)
+        for path in export_csv(store, sweep_id, to or Path(out) / "export" / sweep_id):
+            typer.echo(str(path))
+
+
+def compact(out: Out, sweep: Sweep = None) -> None:
+    """Put each table of a sweep into one file, read it back, then delete the parts."""
+    from pipelines import compaction
+    from pipelines.records import Store
+
+    with _one_line():
+        store = Store(out)
+        for done in compaction.compact(store, _sweep(store, sweep)):
+            typer.echo(f"{done.table}: {done.parts} files into one, {done.rows} rows")
 
 
 def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
     """Bring the Parquet rows into MLflow once more."""
+    from pipelines.pareto import pareto_front
     from pipelines.records import Store
     from pipelines.tracking import Tracker
 
-    store = Store(out)
-    sweep_id = _sweep(store, sweep)
-    tracker = Tracker.open(out, tracking_uri)
-    typer.echo(f"{tracker.mirror(store, sweep_id)} attempts mirrored to {tracker.uri}")
+    with _one_line():
+        store = Store(out)
+        sweep_id = _sweep(store, sweep)
+        tracker = Tracker.open(out, tracking_uri)
+        count = tracker.mirror(store, sweep_id)
+        folder = Path(out) / "report" / sweep_id
+        tracker.start_sweep(sweep_id)
+        tracker.finish_sweep(pareto_front(store, sweep_id=sweep_id), artifacts=sorted(folder.glob("*")))
+    typer.echo(f"{count} attempts mirrored to {tracker.uri}")
 
 
-def ui(out: Out, sweep: Sweep = None, port: int = 5000, tracking_uri: Uri = None) -> None:
+def ui(
+    out: Out, sweep: Sweep = None, port: Annotated[int, typer.Option(min=1)] = 5000, tracking_uri: Uri = None
+) -> None:
     """Serve the MLflow UI on 127.0.0.1 and print the link that compares the sweep's trials."""
     from pipelines.records import Store
     from pipelines.tracking import Tracker, ui_command
 
-    link = Tracker.open(out, tracking_uri).compare_url(_sweep(Store(out), sweep), f"http://127.0.0.1:{port}")
-    typer.echo(f"compare the trials: {link}")
+    with _one_line():
+        tracker = Tracker.open(out, tracking_uri)
+        link = tracker.compare_url(_sweep(Store(out), sweep), f"http://127.0.0.1:{port}")
+    typer.echo(f"Compare the trials: {link}")
     command = ui_command(out, port=port, tracking_uri=tracking_uri)
+    sys.stdout.flush()
     os.execv(command[0], command)
 
 
-def _sweep(store: object, sweep: str | None) -> str:
-    """The sweep asked for, or the newest."""
-    from pipelines.records import Store
+def schema() -> None:
+    """Print what every column of every table means."""
+    from pipelines.records import schema_markdown
 
-    assert isinstance(store, Store)
+    typer.echo(schema_markdown())
+
+
+def _links(out: str, sweep_id: str, tracking_uri: str | None) -> tuple[dict[str, str], str]:
+    """Addresses of the trials' runs and of their comparison; empty where MLflow does not answer."""
+    from pipelines.tracking import Tracker
+
+    try:
+        tracker = Tracker.open(out, tracking_uri)
+        links = tracker.run_urls(sweep_id)
+        return links, tracker.compare_url(sweep_id) if links else ""
+    except Exception:
+        return {}, ""
+
+
+def _console() -> Console:
+    """A terminal's width where there is one; else wide, so that a file or a pipe loses nothing."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """A user's mistake ends in one line and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+def _sweep(store: Store, sweep: str | None) -> str:
+    """The sweep asked for, or the newest."""
     known = store.sweep_ids()
     if not known:
-        raise typer.BadParameter(f"{store.root}: expected the results of a sweep, got none")
+        raise ValueError(f"{store.root}: expected the results of a sweep, got none")
     if sweep is not None and sweep not in known:
-        raise typer.BadParameter(f"sweep: expected one of {', '.join(known)}, got {sweep!r}")
+        raise ValueError(f"sweep: expected one of {', '.join(known)}, got {sweep!r}")
     return sweep or known[-1]

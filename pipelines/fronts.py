@@ -11,6 +11,9 @@ from collections.abc import Mapping
 import moocore
 import numpy as np
 
+#: Points whose front sorts out most of a large set before the exact test.
+SAMPLE = 20_000
+
 
 def nondominated(cost_NM: np.ndarray) -> np.ndarray:
     """Which points no other point dominates; equal points all stay.
@@ -21,9 +24,22 @@ def nondominated(cost_NM: np.ndarray) -> np.ndarray:
     Returns:
         Boolean mask (N,).
     """
-    if len(cost_NM) == 0:
-        return np.zeros(0, dtype=bool)
-    return np.asarray(moocore.is_nondominated(cost_NM, keep_weakly=True))
+    keep_N = np.ones(len(cost_NM), dtype=bool)
+    if len(cost_NM) > 10 * SAMPLE and cost_NM.shape[1] == 2:
+        sample = cost_NM[np.linspace(0, len(cost_NM) - 1, SAMPLE).astype(np.int64)]
+        keep_N = ~_dominated_by(sample[nondominated(sample)], cost_NM)
+    if keep_N.any():
+        keep_N[keep_N] = moocore.is_nondominated(cost_NM[keep_N], keep_weakly=True)
+    return keep_N
+
+
+def _dominated_by(front_F2: np.ndarray, cost_N2: np.ndarray) -> np.ndarray:
+    """Which points a front of two objectives dominates: most points fall to a small sample's front already."""
+    front_F2 = front_F2[np.lexsort(front_F2.T[::-1])]
+    at_N = np.searchsorted(front_F2[:, 0], cost_N2[:, 0], side="right") - 1
+    best_N2 = front_F2[np.maximum(at_N, 0)]
+    worse_N = (best_N2[:, 1] < cost_N2[:, 1]) | ((best_N2[:, 1] == cost_N2[:, 1]) & (best_N2[:, 0] < cost_N2[:, 0]))
+    return np.asarray((at_N >= 0) & worse_N)
 
 
 def dominators(cost_NM: np.ndarray, front_N: np.ndarray) -> np.ndarray:

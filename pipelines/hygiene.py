@@ -19,6 +19,8 @@ CONTEXT = ("energy_source", "gpu_name", "power_limit_w", "corpus_fingerprint")
 #: Columns that `clean` looks at; those that a table lacks are skipped.
 COLUMNS = (*CONTEXT, "sweep_id", "trial_id", "attempt", "config_fingerprint", "seed", "state", "censored", "shared_gpu")
 SHOWN_IDS = 20
+#: Columns of this type hold codes already: hashing a million fingerprints once is enough.
+CODE = pa.uint32()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,13 @@ class _Sieve:
 
 
 def clean(
-    table: pa.Table, axes: Sequence[str], *, mix: bool = False, whole_rows: bool = False, context: Context | None = None
+    table: pa.Table,
+    axes: Sequence[str],
+    *,
+    mix: bool = False,
+    whole_rows: bool = False,
+    context: Context | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Clean:
     """Keep the rows that can be compared on `axes`; count the others by reason.
 
@@ -110,6 +118,7 @@ def clean(
         mix: put energy sources, GPU models, power limits and corpora together.
         whole_rows: rows are valid ends whatever became of their trial (the `points` table).
         context: take these rows; the largest group where None.
+        columns: of the rows kept only these; all where None.
 
     Returns:
         The rows kept, with the reasons and counts of the rest.
@@ -123,7 +132,8 @@ def clean(
     keys = [] if mix else [key for key in _separating(axes) if sieve.has(key)]
     chosen, others = _separate(sieve, keys, context)
     _drop_duplicates(sieve)
-    kept = table if sieve.keep_N.all() else table.filter(pa.array(sieve.keep_N))
+    kept = table if columns is None else table.select(columns)
+    kept = kept if sieve.keep_N.all() else kept.filter(pa.array(sieve.keep_N))
     return Clean(table=kept, left_out=tuple(sieve.left), context=chosen, others=others)
 
 
@@ -147,16 +157,32 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
-def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[Any]]:
-    """A column as dense integer codes and the values they stand for; null is a value of its own."""
+class Values:
+    """What the codes of a column stand for; the last code is null."""
+
+    def __init__(self, dictionary: pa.Array) -> None:
+        self.dictionary = dictionary
+
+    def __len__(self) -> int:
+        return len(self.dictionary) + 1
+
+    def __getitem__(self, code: int) -> Any:
+        return self.dictionary[int(code)].as_py() if code < len(self.dictionary) else None
+
+
+def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, Values]:
+    """A column as integer codes in order of appearance and the values they stand for; null is a value of its own."""
+    if column.type == CODE:
+        return column.to_numpy(), Values(pa.array([], pa.string()))
     if pa.types.is_dictionary(column.type):
         column = column.unify_dictionaries()
         encoded = column.combine_chunks()
     else:
         encoded = column.combine_chunks().dictionary_encode()
-    values = encoded.dictionary.to_pylist()
-    indices_N = encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
-    return indices_N, [*values, None]
+    indices = encoded.indices
+    if indices.null_count:
+        indices = indices.fill_null(len(encoded.dictionary))
+    return indices.to_numpy(zero_copy_only=False), Values(encoded.dictionary)
 
 
 def _drop_unfinished(sieve: _Sieve, *, whole_rows: bool) -> None:
@@ -259,6 +285,8 @@ def _drop_duplicates(sieve: _Sieve) -> None:
         return
     kept = np.flatnonzero(sieve.keep_N)
     config_N = codes(sieve.table["config_fingerprint"])[0]
+    if np.bincount(config_N[kept], minlength=1).max() <= 1:
+        return
     pair = _combine([config_N[kept], codes(sieve.table["seed"])[0][kept]])
     first = np.zeros(len(kept), dtype=bool)
     first[np.unique(pair, return_index=True)[1]] = True
@@ -273,7 +301,7 @@ def _combine(parts: Sequence[np.ndarray]) -> np.ndarray:
     for part_N in parts[1:]:
         if len(part_N) == 0:
             return code_N
-        code_N = code_N * (int(part_N.max()) + 1) + part_N
+        code_N = code_N.astype(np.int64) * (int(part_N.max()) + 1) + part_N
         if code_N.max() > 2**31:
             code_N = np.unique(code_N, return_inverse=True)[1]
     return code_N

@@ -230,8 +230,14 @@ def pareto_front(
     rows = _load(source if store is None else store, axes, table, sweep_id)
     if any(axis.column == LIFETIME for axis in axes):
         rows = with_lifetime(rows, decode_tokens)
+    spent = (*hygiene.CONTEXT, "attempt", "state", "censored", "shared_gpu")
     cleaned = hygiene.clean(
-        rows, [axis.column for axis in axes], mix=mix, whole_rows=table == "points", context=context
+        rows,
+        [axis.column for axis in axes],
+        mix=mix,
+        whole_rows=table == "points",
+        context=context,
+        columns=[name for name in rows.column_names if name not in spent],
     )
     front = _front_of(cleaned, axes, per_trial=per_trial, bootstrap=bootstrap)
     if reference is None and store is not None and len(front.mean_NM):
@@ -263,7 +269,10 @@ def with_lifetime(rows: pa.Table, decode_tokens: float | None) -> pa.Table:
     if decode_tokens is None:
         raise ValueError(f"{LIFETIME}: expected decode_tokens (tokens decoded over the model's life), got None")
     train, decode = (rows[name].cast(pa.float64()) for name in _DERIVED[LIFETIME])
-    return rows.append_column(LIFETIME, pc.add(train, pc.multiply(decode, float(decode_tokens))))
+    rows = rows.append_column(LIFETIME, pc.add(train, pc.multiply(decode, float(decode_tokens))))
+    if "train_energy_uncertainty_j" in rows.column_names:
+        rows = rows.append_column(seeds.uncertainty_column(LIFETIME), rows["train_energy_uncertainty_j"])
+    return rows
 
 
 def _as_store(source: Store | str | os.PathLike[str]) -> Store:
@@ -284,7 +293,10 @@ def _load(source: Store | pa.Table, axes: Sequence[Objective], table: str, sweep
     if isinstance(source, pa.Table):
         rows = source.select(names)
         return rows if sweep_id is None else rows.filter(pc.equal(source["sweep_id"], sweep_id))
-    return source.read(_TABLES[table], sweep_id, columns=names)
+    rows = source.read(_TABLES[table], sweep_id, columns=names, encode=True)
+    at = names.index("config_fingerprint")
+    coded = rows["config_fingerprint"].combine_chunks().dictionary_encode().indices.cast(hygiene.CODE)
+    return rows.set_column(at, "config_fingerprint", coded)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -305,7 +317,9 @@ def _front_of(cleaned: Clean, axes: tuple[Objective, ...], *, per_trial: bool, b
         found = fronts.knees_by_scaling(cost_NM[members], positive_M)
         knees = {name: None if at is None else int(members[at]) for name, at in found.items()}
     kept = [name for name in ("sweep_id", *LABELS) if name in table.column_names]
-    configs = table.select(kept).take(pa.array(stats.first_N))
+    configs = table.select(kept)
+    if not stats.each_row_once:
+        configs = configs.take(pa.array(stats.first_N))
     configs = configs.append_column("trial_id", stats.trial_ids(table)).append_column("seeds", pa.array(stats.count_N))
     return Front(
         objectives=axes,

@@ -26,6 +26,12 @@ def write(table: pa.Table, target: str, fs: pafs.FileSystem | None = None) -> No
         pq.write_table(table, sink)
 
 
+def read(path: str, fs: pafs.FileSystem) -> pa.Table:
+    """One file, as it is."""
+    with fs.open_input_file(path) as source:
+        return pq.read_table(source)
+
+
 def check_version(fragment: Any, supported: int) -> None:
     """Older files read as they are (what they lack is null); newer ones may mean something else."""
     metadata = fragment.physical_schema.metadata or {}

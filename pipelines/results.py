@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,7 +72,7 @@ class Results:
         factors = [
             row["eval_bits_per_byte"] / row["eval_loss_nats"]
             for row in self.trials
-            if row["eval_bits_per_byte"] and row["eval_loss_nats"]
+            if row["eval_bits_per_byte"] and row["eval_loss_nats"] and math.isfinite(row["eval_loss_nats"])
         ]
         if not factors or max(factors) > 1.001 * min(factors):
             return None
@@ -136,11 +137,12 @@ class Look:
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Look:
         """The look that tells these rows apart."""
+        sparse = [row for row in rows if row["router"] != "dense"]
         return cls(
             lambdas=tuple(sorted({row["energy_lambda"] for row in rows if row["energy_lambda"] is not None})),
             top_ks=tuple(sorted({row["top_k"] for row in rows if row["top_k"] is not None})),
             dense=any(row["top_k"] is None for row in rows),
-            named=tuple(name for name in NAMED if name == "router" or len({row[name] for row in rows}) > 1),
+            named=tuple(name for name in NAMED if name == "router" or len({row[name] for row in sparse}) > 1),
         )
 
     def name(self, row: Mapping[str, Any]) -> str:

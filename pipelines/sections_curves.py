@@ -55,7 +55,7 @@ def routing_section(results: Results) -> Section | None:
     figures += _loads(results)
     text = (
         "A collapsed router sends everything to a few experts: its effective experts fall towards 1, in one layer "
-        "before the others. Darker cells carry more of the load; even columns are balanced.",
+        "before the others. The fuller a cell, the larger the share of the load; even rows are balanced.",
     )
     return Section(
         id="routing",

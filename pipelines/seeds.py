@@ -44,9 +44,16 @@ class Summary:
     mean_NM: np.ndarray
     half_NM: np.ndarray
 
+    @property
+    def each_row_once(self) -> bool:
+        """True where every row is a configuration of its own, in the order of the rows."""
+        return len(self.first_N) == len(self.config_R) and bool((self.first_N == np.arange(len(self.first_N))).all())
+
     def trial_ids(self, table: pa.Table) -> pa.ChunkedArray:
         """The trial ids of each configuration, joined by spaces where it has several seeds."""
         ids = table["trial_id"] if "trial_id" in table.column_names else pa.array(np.arange(len(table)).astype(str))
+        if self.each_row_once:
+            return ids
         if (self.count_N == 1).all():
             return ids.take(pa.array(self.first_N))
         order = np.argsort(self.config_R, kind="stable")
@@ -127,11 +134,12 @@ def summarise(table: pa.Table, columns: Sequence[str], *, per_trial: bool = Fals
     if not per_trial and "config_fingerprint" in table.column_names and rows:
         config_R = hygiene.codes(table["config_fingerprint"])[0]
     seed_R = hygiene.codes(table["seed"])[0] if "seed" in table.column_names else np.zeros(rows, dtype=np.int64)
-    _, first_N, config_R, count_N = np.unique(config_R, return_index=True, return_inverse=True, return_counts=True)
-    if (count_N == 1).all():
-        order = np.argsort(config_R)
-        mean_NM, half_NM = value_RM[order], _NORMAL_95 * noise_RM[order]
+    if rows == 0 or np.bincount(config_R).max() == 1:
+        config_R = first_N = np.arange(rows)
+        count_N = np.ones(rows, dtype=np.int64)
+        mean_NM, half_NM = value_RM, _NORMAL_95 * noise_RM
     else:
+        _, first_N, config_R, count_N = np.unique(config_R, return_index=True, return_inverse=True, return_counts=True)
         mean_NM, half_NM = _means(value_RM, noise_RM, config_R, count_N)
     half_NM = np.where(half_NM > 0, half_NM, np.nan)
     return Summary(

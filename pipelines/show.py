@@ -122,6 +122,8 @@ def interval(row: dict[str, Any], axis: str) -> str:
     if low is None:
         return number(value)
     half = value - low
+    if half <= 1e-9 * abs(value):
+        return number(value)
     digits = _decimals(half)
     return f"{value:.{digits}f} ± {half:.{digits}f}"
 
