@@ -82,9 +82,9 @@ def synchronize() -> str | None:
     """Wait for the work this process gave to its GPUs; a failure is returned as a flag. Without a CUDA context:
     nothing.
     """
-    if not own_process_uses_cuda():
+    torch = sys.modules.get("torch")
+    if torch is None or not own_process_uses_cuda():
         return None
-    torch = sys.modules["torch"]
     try:
         current = torch.cuda.current_device()
         for index in range(torch.cuda.device_count()):

@@ -159,6 +159,8 @@ class DeviceSampler:
     def tick(self) -> None:
         """One round: the next counter step, the fields that are due, the edges that can be settled."""
         self._check_gap()
+        if not self._stop.is_set():
+            self._wake.clear()
         if self.guard.lost:
             self.clock.wait(self._stop, self.period_s)
         elif not self.reader.stepped:
@@ -167,7 +169,6 @@ class DeviceSampler:
         elif "energy" in self.guard.unavailable:
             self.clock.wait(self._stop, POWER_EVERY_S)
         elif self._trusted and self._pending():
-            self._wake.clear()
             self.clock.wait(self._stop, EDGE_EVERY_S)
         else:
             self.counter.follow(KNOT_EVERY_S if self._trusted else 0.0)
@@ -207,6 +208,8 @@ class DeviceSampler:
                 self._last["power_w"] = (knot.energy_j - last.energy_j) / (knot.time_s - last.time_s)
 
     def _add_knot(self, time_s: float, raw_j: float, sigma_s: float) -> None:
+        self._due.pop("ring", None)
+        self._drain_ring()  # power up to this moment, should the counter not be believed
         with self._lock:
             last_s = self.curve.knots[-1].time_s if self.curve.knots else math.inf
             integral = self._shape().between(last_s, time_s) if time_s > last_s else None

@@ -134,7 +134,7 @@ class Span:
             source=self._source(reader.source) if energy is not None else None,
             coverage=coverage,
             throttled=None if self._throttle is None else bool(reasons),
-            shared=self.shared,
+            shared=True if reader.info.mig else self.shared,
             flags=(*self.flags, *(f"throttled:{word}" for word in reasons)),
         )
 
@@ -153,10 +153,11 @@ class Span:
         return energy, math.hypot(self.start.sigma_j, self.end.sigma_j), coverage
 
     def _source(self, counter: str) -> str:
-        """The counter, unless power had to stand in for a part of the span."""
+        """The counter, unless power had to stand in for more than 1 % of the span."""
         assert self.start is not None
         assert self.end is not None
-        return "integrated" if self.end.bridged_s - self.start.bridged_s > 1e-6 else counter
+        bridged_s = self.end.bridged_s - self.start.bridged_s
+        return "integrated" if bridged_s > 0.01 * (self.end.covered_s - self.start.covered_s) else counter
 
     def _integral(self, duration: float) -> tuple[float | None, float]:
         """Joules from power alone, of the finest samples that cover the span, and their relative uncertainty."""
