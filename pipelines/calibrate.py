@@ -185,7 +185,7 @@ class Calibrator:
             kind=spec.kind,
             params=dict(spec.params),
             held_out=spec.held_out,
-            found=dict(found or {}),
+            found={**(found or {}), **self._clock(start_s)},
             calls=ran.calls,
             duration_s=ran.duration_s,
             energy_j=got.energy_j,
@@ -199,6 +199,12 @@ class Calibrator:
         )
         self.points.append(point)
         self._say(_line(point))
+
+    def _clock(self, start_s: float) -> dict[str, float]:
+        """Mean SM clock since `start_s`, where it is known: it falls where the power limit binds."""
+        since = self.start_s + start_s
+        seen = [s.sm_clock_mhz for s in self.monitor.system.history if s.time_s >= since and s.sm_clock_mhz is not None]
+        return {"sm_clock_mhz": sum(seen) / len(seen)} if seen else {}
 
     # -- saying and keeping ------------------------------------------------------------------------------------------
 

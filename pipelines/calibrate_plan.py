@@ -26,7 +26,7 @@ class Plan:
     idle_s: float = 4.0
     cool_s: float = 9.0
     warmup_s: float = 0.7
-    prepare_s: float = 190.0
+    prepare_s: float = 165.0
     budget_s: float = 510.0
     seed: int = 0
 
