@@ -1,8 +1,9 @@
 """Triton kernels of one decode step: few tokens, so the time is that of reading the weights once. Optional, as
 ``moe.kernels``.
 
-Shapes: T tokens (one per sequence), K choices per token, C = T*K, E experts, N of them compute, D model width, P neurons
-of all experts, H heads of width A, L positions of the cache, V vocabulary. All tokens stand in one tile of BT rows.
+Shapes: T tokens (one per sequence), K choices per token, C = T*K, E experts, N of them compute, D model width, P
+neurons of all experts, H heads of width A, L positions of the cache, V vocabulary. All tokens stand in one tile of BT
+rows.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ def embed(token_T, position_T, wte_VD, wpe_LD, x_TD, D, COLS: tl.constexpr):
 
 
 @triton.jit
-def _row_statistics(x_TD, token, live, D, EPS, BT: tl.constexpr, BK: tl.constexpr):
-    """Mean and 1/deviation of each row."""
+def _row_statistics(x_TD, token, live, D, EPS, BT: tl.constexpr, COLS: tl.constexpr):
+    """Mean and 1/deviation of each row; unrolled, so that all loads are in flight at once."""
     total = tl.zeros((BT,), tl.float32)
     squares = tl.zeros((BT,), tl.float32)
-    for start in range(0, D, BK):
-        col = start + tl.arange(0, BK)
-        x = tl.load(x_TD + token[:, None] * D + col[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    for start in tl.static_range(0, COLS, 64):
+        col = start + tl.arange(0, 64)
+        mask = live[:, None] & (col < D)[None, :]
+        x = tl.load(x_TD + token[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(x, 1)
         squares += tl.sum(x * x, 1)
     mean = total / D
@@ -55,6 +57,7 @@ def norm_qkv(
     L,
     EPS,
     A: tl.constexpr,
+    COLS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -64,7 +67,7 @@ def norm_qkv(
     token = tl.arange(0, BT)
     live = token < T
     col = tl.program_id(0) * BN + tl.arange(0, BN)
-    mean, inverse = _row_statistics(x_TD, token, live, D, EPS, BT, BK)
+    mean, inverse = _row_statistics(x_TD, token, live, D, EPS, BT, COLS)
     acc = tl.zeros((BT, BN), tl.float32)
     for start in range(0, D, BK):
         k = start + tl.arange(0, BK)
@@ -89,9 +92,7 @@ def norm_qkv(
 
 
 @triton.jit
-def attend(
-    query_TD, key_THLA, value_THLA, mask_TL, length_T, out_TD, H, L, scale, A: tl.constexpr, BL: tl.constexpr
-):
+def attend(query_TD, key_THLA, value_THLA, mask_TL, length_T, out_TD, H, L, scale, A: tl.constexpr, BL: tl.constexpr):
     """Attention of one new token per sequence over its cache, one head per program; masked positions are padding."""
     t, h = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, A)
@@ -181,33 +182,35 @@ def norm_route(
     E,
     EPS,
     K: tl.constexpr,
+    KP: tl.constexpr,
     PRICED: tl.constexpr,
     BALANCED: tl.constexpr,
     NORMALIZED: tl.constexpr,
     BE: tl.constexpr,
+    COLS: tl.constexpr,
     BK: tl.constexpr,
 ):
     """LayerNorm, router logits in float32, top-k of s (+ b - λ·c̃) and its mixing weights, one token per program."""
     t = tl.program_id(0)
     e = tl.arange(0, BE)
     real = e < E
-    total = tl.zeros((BK,), tl.float32)
-    for start in range(0, D, BK):
-        total += tl.load(x_TD + t * D + start + tl.arange(0, BK)).to(tl.float32)
-    mean = tl.sum(total) / D
-    squares = tl.zeros((BK,), tl.float32)
-    for start in range(0, D, BK):
-        centred = tl.load(x_TD + t * D + start + tl.arange(0, BK)).to(tl.float32) - mean
-        squares += centred * centred
-    inverse = tl.rsqrt(tl.sum(squares) / D + EPS)
+    col = tl.arange(0, COLS)
+    inside = col < D
+    x = tl.load(x_TD + t * D + col, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x) / D
+    centred = tl.where(inside, x - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred) / D + EPS)
     logit = tl.load(offset_E + e, mask=real, other=0.0)
     for start in range(0, D, BK):
         col = start + tl.arange(0, BK)
-        x = (tl.load(x_TD + t * D + col).to(tl.float32) - mean) * inverse
-        x = x * tl.load(gamma_D + col).to(tl.float32) + tl.load(beta_D + col).to(tl.float32)
-        low = x.to(out_TD.dtype.element_ty)
-        tl.store(out_TD + t * D + col, low)
-        gate = tl.load(gate_ED + e[:, None] * D + col[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+        inside = col < D
+        x = (tl.load(x_TD + t * D + col, mask=inside, other=0.0).to(tl.float32) - mean) * inverse
+        gamma = tl.load(gamma_D + col, mask=inside, other=0.0).to(tl.float32)
+        beta = tl.load(beta_D + col, mask=inside, other=0.0).to(tl.float32)
+        low = (x * gamma + beta).to(out_TD.dtype.element_ty)
+        tl.store(out_TD + t * D + col, low, mask=inside)
+        mask = real[:, None] & inside[None, :]
+        gate = tl.load(gate_ED + e[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
         logit += tl.sum(gate * low.to(tl.float32)[None, :], 1)
     score = tl.where(real, logit / tl.load(temperature), -float("inf"))
     select = score
@@ -215,9 +218,9 @@ def norm_route(
         select += tl.load(bias_E + e, mask=real, other=0.0)
     if PRICED:
         select -= tl.load(lambda_) * tl.load(join_E + e, mask=real, other=0.0)
-    choice = tl.arange(0, K)
-    chosen = tl.zeros((K,), tl.int32)
-    picked = tl.zeros((K,), tl.float32)
+    choice = tl.arange(0, KP)
+    chosen = tl.zeros((KP,), tl.int32)
+    picked = tl.full((KP,), -float("inf"), tl.float32)
     for k in tl.static_range(K):
         best = tl.min(tl.where(select == tl.max(select), e, BE))
         chosen = tl.where(choice == k, best, chosen)
@@ -229,8 +232,8 @@ def norm_route(
     else:
         peak = tl.max(score)
         weight = tl.exp(picked - peak) / tl.sum(tl.exp(score - peak))
-    tl.store(slot_TK + t * K + choice, tl.load(slot_E + chosen))
-    tl.store(weight_TK + t * K + choice, weight)
+    tl.store(slot_TK + t * K + choice, tl.load(slot_E + chosen), mask=choice < K)
+    tl.store(weight_TK + t * K + choice, weight, mask=choice < K)
 
 
 @triton.jit
@@ -281,7 +284,7 @@ def pick(
     length_T,
     finished_T,
     ids_TL,
-    pad,
+    pad_1,
     blocks,
     T,
     L,
@@ -294,9 +297,9 @@ def pick(
     block = tl.arange(0, BB)
     best = tl.load(best_BT + block * T + t, mask=block < blocks, other=-float("inf"))
     entry = tl.load(where_BT + block * T + t, mask=block < blocks, other=V)
-    token = tl.min(tl.where(best == tl.max(best), entry, V)).to(tl.int64)
+    token = tl.minimum(tl.min(tl.where(best == tl.max(best), entry, V)), V - 1).to(tl.int64)
     finished = tl.load(finished_T + t)
-    token = tl.where(finished != 0, pad, token)
+    token = tl.where(finished != 0, tl.load(pad_1), token)
     for i in tl.static_range(EOS):
         finished = tl.where(token == tl.load(eos_F + i), 1, finished)
     length = tl.load(length_T + t) + 1

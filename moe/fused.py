@@ -49,11 +49,15 @@ DECODE_COLUMNS = 64
 DECODE_SPLIT = 1024
 
 
-def supported(x_TD: Tensor, weights: Weights, widths: Sequence[int]) -> bool:
-    """Whether these kernels serve: CUDA, GELU, 16- or 32-bit floats, widths and model width in multiples of 64."""
+def shapes_fit(x_TD: Tensor, gated: bool, widths: Sequence[int]) -> bool:
+    """Whether these kernels serve: GELU, 16- or 32-bit floats, widths and model width in multiples of 64."""
     floats = x_TD.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    even = x_TD.shape[1] % 64 == 0 and all(width % 64 == 0 for width in widths)
-    return x_TD.is_cuda and floats and even and weights.gate_PD is None
+    return floats and not gated and x_TD.shape[1] % 64 == 0 and all(width % 64 == 0 for width in widths)
+
+
+def supported(x_TD: Tensor, weights: Weights, widths: Sequence[int]) -> bool:
+    """Whether the kernels serve this input, on this device."""
+    return x_TD.is_cuda and shapes_fit(x_TD, weights.gate_PD is not None, widths)
 
 
 @functools.lru_cache(maxsize=64)
@@ -349,8 +353,25 @@ def decode_experts(
     widths: Sequence[int],
 ) -> Tensor:
     """Few tokens: a product with all neurons of the open experts, whose weights are read once. No sort, no backward."""
+    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    routed = (slot_TK.contiguous(), weight_TK.contiguous())
+    decode_into(y_TD, x_TD.contiguous(), routed, (up_PD, up_bias_P, down_PD, down_bias_ND), widths, residual=False)
+    return y_TD
+
+
+def decode_into(
+    y_TD: Tensor,
+    x_TD: Tensor,
+    routed: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    widths: Sequence[int],
+    *,
+    residual: bool = True,
+) -> None:
+    """Write the experts' sum into ``y_TD``, or add it (residual). ``routed``: slots and mixing weights [T, K]."""
+    slot_TK, weight_TK = routed
+    up_PD, up_bias_P, down_PD, down_bias_ND = weights
     (T, D), P, K = x_TD.shape, up_PD.shape[0], slot_TK.shape[1]
-    x_TD, slot_TK, weight_TK = x_TD.contiguous(), slot_TK.contiguous(), weight_TK.contiguous()
     blocks = _expert_of_block(tuple(widths), DECODE_NEURONS, x_TD.device)
     hidden_TP = x_TD.new_empty(T, P)
     precision, tokens = _precision(x_TD.dtype), max(16, triton.next_power_of_2(T))
@@ -366,11 +387,10 @@ def decode_experts(
         BT=tokens, BC=triton.next_power_of_2(T * K), BN=DECODE_COLUMNS, BK=64,
         PRECISION=precision, num_warps=4, num_stages=4,
     )  # fmt: skip
-    y_TD = torch.empty_like(x_TD)
     decode_kernels.decode_sum[(T, triton.cdiv(D, 256))](
-        partial_STD, slot_TK, weight_TK, down_bias_ND, y_TD, T, D, K=K, SPLITS=splits, RESIDUAL=False, BN=256, num_warps=2
-    )
-    return y_TD
+        partial_STD, slot_TK, weight_TK, down_bias_ND, y_TD, T, D,
+        K=K, SPLITS=splits, RESIDUAL=residual, BN=256, num_warps=2,
+    )  # fmt: skip
 
 
 @decode_experts.register_fake

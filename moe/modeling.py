@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from moe.config import MoEGPT2Config
 from moe.experts import Experts
+from moe.generation import GraphedGeneration
 from moe.head import causal_lm_loss
 from moe.regularizers import REGULARIZERS, Regularizer, kl_gibbs
 from moe.routers import ROUTERS, Router, initial_buffers
@@ -209,7 +210,7 @@ def describe_tokens(
     )
 
 
-class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
+class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GraphedGeneration, GenerationMixin):
     """The language model: tied head, cross-entropy, and the weighted regularizers of its routers."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012

@@ -1,0 +1,228 @@
+"""One decode step of the whole model as a handful of Triton kernels in one CUDA graph.
+
+The step reads every weight once and keeps what changes (tokens, positions, lengths, cache) in fixed buffers, so that
+the host has nothing to do between steps but to launch the graph. Blocks or routers that have no kernel of their own run
+their modules inside the same graph. Shapes: see ``moe.decode_kernels``; B sequences, S positions of the prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from moe import decode_kernels as kernels
+from moe import fused
+from moe.experts import Experts
+from moe.routers import CapacityRouter, EnergyRouter, Router, TopKRouter
+from moe.routing import Tokens
+
+MAX_BATCH = fused.MAX_DECODE_TOKENS
+COLUMNS = 32  # of a projection, per program
+BLOCK_K = 64
+HEAD_ENTRIES = 64
+CACHE_MULTIPLE = 256
+FUSED_ROUTERS = (TopKRouter, EnergyRouter, CapacityRouter)  # capacity drops nothing in evaluation
+
+
+def unsupported(model: Any) -> str | None:
+    """Why this model's step has no graph; None if it has one."""
+    config = model.config
+    weight = model.lm_head.weight
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return "weights are not 16-bit"
+    if config.n_embd % BLOCK_K or (config.n_embd // config.n_head) & (config.n_embd // config.n_head - 1):
+        return "model width is not a multiple of 64 or head width not a power of two"
+    if config.reorder_and_upcast_attn or len({p.dtype for p in model.parameters()}) > 1:
+        return "attention is upcast, or weights have several types"
+    return None
+
+
+class Decoder:
+    """Buffers, and the graph of a step, for one model, batch size and cache length.
+
+    Args:
+        model: `MoEGPT2LMHeadModel` in evaluation mode; its weights are read where they lie, so loading new values in
+            place is seen, and moving the model is not (see ``fits``).
+        length: positions of the cache.
+        stop: token ids that end a sequence.
+        graph: capture a CUDA graph; without, each step launches its kernels (for tests without a GPU).
+    """
+
+    def __init__(self, model: Any, batch: int, length: int, stop: tuple[int, ...], *, graph: bool = True) -> None:
+        self.model, self.config = model, model.config
+        self.batch, self.length, self.stop, self.graphed = batch, length, stop, graph
+        self.pointers = _pointers(model)
+        weight, width = model.lm_head.weight, model.config.n_embd
+        new = functools.partial(torch.zeros, device=weight.device)
+        half = functools.partial(new, dtype=weight.dtype)
+        heads, K = self.config.n_head, self.config.num_experts_per_tok
+        shape = (batch, heads, length, width // heads)
+        self.keys = [half(shape) for _ in range(self.config.n_layer)]
+        self.values = [half(shape) for _ in range(self.config.n_layer)]
+        self.x_TD, self.normed_TD, self.query_TD, self.mixed_TD = (half(batch, width) for _ in range(4))
+        self.slot_TK, self.weight_TK = new(batch, K, dtype=torch.int32), new(batch, K, dtype=torch.float32)
+        self.logits_TV = half(batch, weight.shape[0])
+        blocks = triton.cdiv(weight.shape[0], HEAD_ENTRIES)
+        self.best_BT, self.where_BT = new(blocks, batch), new(blocks, batch, dtype=torch.int32)
+        self.ids_TL, self.mask_TL = new(batch, length, dtype=torch.long), new(batch, length, dtype=torch.int8)
+        self.token_T, self.position_T = new(batch, dtype=torch.long), new(batch, dtype=torch.long)
+        self.length_T, self.finished_T = new(batch, dtype=torch.int32), new(batch, dtype=torch.int32)
+        self.stop_F = torch.tensor(stop or (0,), dtype=torch.long, device=weight.device)
+        self.pad = new(1, dtype=torch.long)
+        self.rows, self.columns = max(16, triton.next_power_of_2(batch)), triton.next_power_of_2(width)
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def fits(self, model: Any, batch: int, length: int, stop: tuple[int, ...]) -> bool:
+        """Whether this decoder serves such a call: same shape, and weights still where they were."""
+        same = self.batch == batch and self.length >= length and self.stop == stop
+        return same and self.pointers == _pointers(model)
+
+    def prepare(self, sampled: bool) -> None:
+        """Compile the kernels and capture the graph, unless that is done."""
+        if not self.graphed or sampled in self.graphs:
+            return
+        self.length_T.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step(sampled)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(sampled)
+        self.graphs[sampled] = graph
+
+    def start(self, cache: Any, ids_BS: Tensor, mask_BS: Tensor, pad: int) -> None:
+        """Take over a prompt: its ids, its mask and the cache that its forward filled."""
+        S = ids_BS.shape[1]
+        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
+            keys[:, :, :S].copy_(layer.keys[:, :, :S])
+            values[:, :, :S].copy_(layer.values[:, :, :S])
+        self.ids_TL[:, :S].copy_(ids_BS)
+        self.mask_TL.fill_(1)
+        self.mask_TL[:, :S].copy_(mask_BS)
+        self.length_T.fill_(S - 1)
+        self.position_T.copy_(mask_BS.sum(1) - 1)
+        self.finished_T.zero_()
+        self.pad.fill_(pad)
+
+    def append(self, token_T: Tensor) -> None:
+        """Write a chosen token behind each sequence (padding behind finished ones) and make it the next input."""
+        token_T = torch.where(self.finished_T.bool(), self.pad, token_T)
+        for stop in self.stop:
+            self.finished_T |= token_T == stop
+        self.length_T += 1
+        self.position_T += 1
+        self.token_T.copy_(token_T)
+        self.ids_TL.scatter_(1, self.length_T.long()[:, None], token_T[:, None])
+
+    def step(self, sampled: bool = False) -> None:
+        """Run the tokens that were chosen last. Greedy: choose and append the next ones. Sampled: leave the logits
+        of the next ones in ``logits_TV``, for the caller to choose and ``append``."""
+        if self.graphed:
+            self.graphs[sampled].replay()
+        else:
+            self._step(sampled)
+
+    # The step
+
+    @torch.no_grad()
+    def _step(self, sampled: bool) -> None:
+        body, D = self.model.transformer, self.config.n_embd
+        kernels.embed[(self.batch,)](
+            self.token_T, self.position_T, body.wte.weight, body.wpe.weight, self.x_TD, D, COLS=self.columns
+        )
+        for index, block in enumerate(body.h):
+            self._attention(block, index)
+            self._feed_forward(block)
+        self._norm(body.ln_f)
+        self._head(sampled)
+
+    def _gemm(self) -> dict[str, Any]:
+        precision = "ieee" if self.x_TD.dtype == torch.float32 else "tf32"
+        return {"BT": self.rows, "BK": BLOCK_K, "PRECISION": precision, "num_warps": 4, "num_stages": 4}
+
+    def _norm(self, norm: nn.LayerNorm) -> None:
+        D = self.config.n_embd
+        kernels.norm_rows[(self.batch,)](
+            self.x_TD, norm.weight, norm.bias, self.normed_TD, D, norm.eps, COLS=self.columns
+        )
+
+    def _attention(self, block: GPT2Block, index: int) -> None:
+        D, heads, attention = self.config.n_embd, self.config.n_head, block.attn
+        norm, qkv, out = block.ln_1, attention.c_attn, attention.c_proj
+        keys, values = self.keys[index], self.values[index]
+        width = D // heads
+        kernels.norm_qkv[(3 * D // COLUMNS,)](
+            self.x_TD, norm.weight, norm.bias, qkv.weight, qkv.bias, self.query_TD, keys, values, self.length_T,
+            self.batch, D, self.length, norm.eps, A=width, COLS=self.columns, BN=COLUMNS, **self._gemm(),
+        )  # fmt: skip
+        kernels.attend[(self.batch, heads)](
+            self.query_TD, keys, values, self.mask_TL, self.length_T, self.mixed_TD, heads, self.length,
+            attention.scaling, A=width, BL=128,
+        )  # fmt: skip
+        kernels.project_residual[(D // COLUMNS,)](
+            self.mixed_TD, out.weight, out.bias, self.x_TD, self.batch, D, BN=COLUMNS, **self._gemm()
+        )
+
+    def _feed_forward(self, block: Any) -> None:
+        experts = getattr(block.mlp, "experts", None)
+        if not isinstance(experts, Experts):  # a dense block
+            self._norm(block.ln_2)
+            self.x_TD += block.mlp(self.normed_TD)
+            return
+        router = block.mlp.router
+        fused_router = type(router) in FUSED_ROUTERS
+        if fused_router:
+            self._route(block.ln_2, router, experts)
+        else:
+            self._norm(block.ln_2)
+        if fused_router and block.mlp.shared is None and fused.shapes_fit(self.x_TD, experts.gated, experts.widths):
+            weights = (experts.up_PD, experts.up_bias_P, experts.down_PD, experts.down_bias_ND)
+            fused.decode_into(self.x_TD, self.normed_TD, (self.slot_TK, self.weight_TK), weights, experts.widths)
+        else:
+            tokens = Tokens(batch_size=self.batch, position_T=self.position_T, id_T=self.token_T)
+            self.x_TD += block.mlp(self.normed_TD[:, None], tokens)[0][:, 0]
+
+    def _route(self, norm: nn.LayerNorm, router: Router, experts: Experts) -> None:
+        E = router.num_experts
+        BE = max(2, triton.next_power_of_2(E))
+        at_once = max(BLOCK_K, min(self.columns, 16384 // BE))
+        kernels.norm_route[(self.batch,)](
+            self.x_TD, norm.weight, norm.bias, router.gate.weight, router.offset_E, router.bias_E, router.join_E,
+            router.energy_lambda, router.temperature, _slots(experts.slot_of_expert, self.x_TD.device),
+            self.normed_TD, self.slot_TK, self.weight_TK, self.config.n_embd, E, norm.eps,
+            K=router.top_k, KP=triton.next_power_of_2(router.top_k), PRICED=router.priced, BALANCED=router.balanced,
+            NORMALIZED=router.mixing == "normalized", BE=BE, COLS=self.columns, BK=at_once,
+        )  # fmt: skip
+
+    def _head(self, sampled: bool) -> None:
+        weight = self.model.lm_head.weight
+        V, D = weight.shape
+        blocks = self.best_BT.shape[0]
+        kernels.head_scores[(blocks,)](
+            self.normed_TD, weight, self.logits_TV, self.best_BT, self.where_BT, self.batch, D, V,
+            STORE=sampled, BV=HEAD_ENTRIES, **self._gemm(),
+        )  # fmt: skip
+        if not sampled:
+            kernels.pick[(self.batch,)](
+                self.best_BT, self.where_BT, self.stop_F, self.token_T, self.position_T, self.length_T,
+                self.finished_T, self.ids_TL, self.pad, blocks, self.batch, self.length, V,
+                EOS=len(self.stop), BB=triton.next_power_of_2(blocks),
+            )  # fmt: skip
+
+
+def _pointers(model: Any) -> tuple[int, ...]:
+    """Where the weights and the routers' buffers lie."""
+    return tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+
+
+@functools.lru_cache(maxsize=64)
+def _slots(slot_of_expert: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(slot_of_expert, dtype=torch.int32, device=device)
