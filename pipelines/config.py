@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -142,6 +143,8 @@ class TrialConfig(pydantic.BaseModel):
         """
         values = self.model_dump(mode="json")
         values["expert_width_factors"] = list(self.width_factors)
+        for key in ("base", "tokenizer", "data"):  # which files, not where on this host they lie
+            values[key] = values[key] and re.sub(r"^/(?:.*/)?", "", values[key])
         inert = {"num_experts", *_NOT_THE_EXPERIMENT}
         if self.is_dense:
             inert |= set(_MOE_KEYS)
@@ -149,7 +152,7 @@ class TrialConfig(pydantic.BaseModel):
             inert |= {"regularizer", "regularizer_weight"}
         if not self.price_acts:
             inert |= {"energy_lambda", "price"}
-            values["router"] = "topk" if self.router == "energy" else self.router
+            values["router"] = "topk" if self.router in ("energy", "opening") else self.router
         inert |= {key for router, key in (("capacity", "capacity_factor"), ("topp", "top_p")) if self.router != router}
         return {key: value for key, value in sorted(values.items()) if key not in inert}
 

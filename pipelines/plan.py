@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import math
+import os
 import random
 from collections.abc import Mapping
+from glob import glob
 from typing import Any
 
 from pipelines.config import ConfigError, TrialConfig
@@ -57,7 +59,7 @@ def plan_sweep(
         points = _draws(chosen, samples or int(space.sweep.get("samples") or _DEFAULT_SAMPLES))
     else:
         raise ConfigError(f"search: expected one of grid, random, got {search!r}")
-    configs = [TrialConfig.parse(point) for point in points]
+    configs = [TrialConfig.parse(_located(point)) for point in points]
     unique = {config.trial_id: config for config in reversed(configs)}
     kept = [config for config in configs if unique[config.trial_id] is config]
     trials = [c.model_copy(update={"seed": c.seed + replicate}) for replicate in range(seeds) for c in kept]
@@ -70,6 +72,12 @@ def plan_sweep(
         trials=tuple({trial.trial_id: trial for trial in trials}.values()),
         dropped=len(configs) - len(kept),
     )
+
+
+def _located(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths made absolute: a trial's process has a working folder of its own."""
+    paths = {k: v for k, v in point.items() if k in ("base", "tokenizer", "data") and isinstance(v, str) and glob(v)}
+    return {**point, **{key: os.path.abspath(value) for key, value in paths.items()}}
 
 
 def new_sweep_id(name: str) -> str:

@@ -107,8 +107,15 @@ class TrialRecord:
     price_join: list[float] | None = column("normalised join price of each expert", unit="c_ref", null="router without a price")
     price_open: list[float] | None = column("normalised opening price of each expert", unit="c_ref", null="router without a price")
     price_profile: str | None = column("cost-model profile the prices come from", null="router without a price")
+    price_lambda_per_j: float | None = column("λ in nats per joule of training: energy_lambda / price_c_ref_j", unit="nat/J", null="router without a price")
+    price_prefill_c_ref_j: float | None = column("c_ref of prefill", unit="J/token", null="router without a price")
+    price_prefill_join: list[float] | None = column("normalised join prices of prefill", unit="c_ref", null="router without a price")
+    price_decode_c_ref_j: float | None = column("c_ref of decode", unit="J/token", null="router without a price")
+    price_decode_join: list[float] | None = column("normalised join prices of decode", unit="c_ref", null="router without a price")
+    price_decode_open: list[float] | None = column("normalised opening prices of decode", unit="c_ref", null="router without a price")
     price_drift: float | None = column("drift of mean logits along the price since the start", unit="nat per c_ref", null="router without a price")
     price_flip_fraction: float | None = column("share of decisions that flip when λ → 0", null="router without a price")
+    lambda_undone: float | None = column("part of λ that the gate has taken back since the start: price_drift / τ, mean over layers", unit="nat per c_ref", null="router without a price")
     logit_std: float | None = column("standard deviation of the router logits", unit="nat", null="dense")
     # routing
     routing_diversity: float | None = column("fraction of experts used, mean over layers", null="dense")
@@ -206,6 +213,11 @@ class EpochRecord:
     logit_std: float | None = column("standard deviation of the router logits", unit="nat", null="dense")
     expert_load: list[list[float]] | None = column("share of the choices per expert, one list per MoE layer", null="dense")
     layer_effective_experts: list[float] | None = column("effective experts of each MoE layer", null="dense")
+    lambda_undone: float | None = column("part of λ that the gate has taken back since the start: price_drift / τ, mean over layers", unit="nat per c_ref", null="router without a price")
+    layer_price_drift: list[float] | None = column("price_drift of each MoE layer", unit="nat per c_ref", null="router without a price")
+    layer_lambda_undone: list[float] | None = column("lambda_undone of each MoE layer", unit="nat per c_ref", null="router without a price")
+    layer_price_flip_fraction: list[float] | None = column("price_flip_fraction of each MoE layer", null="router without a price")
+    layer_logit_std: list[float] | None = column("logit_std of each MoE layer", unit="nat", null="dense")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +274,7 @@ def _arrow_type(hint: Any) -> pa.DataType:
     if isinstance(hint, types.UnionType):
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is list:
-        return pa.list_(_arrow_type(typing.get_args(hint)[0]))
+        return pa.list_(pa.field("element", _arrow_type(typing.get_args(hint)[0])))  # as Parquet names it
     return _ARROW[hint]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,3 +54,14 @@ def test_a_sampled_space_has_no_grid(tiny: dict[str, Any]) -> None:
 def test_an_unknown_search_is_named(tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="search: expected one of grid, random, got 'magic'"):
         plan_sweep(space(tiny, {}), search="magic")
+
+
+def test_paths_are_absolute_because_a_trial_has_its_own_folder(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    (trial,) = plan_sweep(space(tiny | {"data": "a.txt", "tokenizer": "embedded"}, {})).trials
+    assert trial.data == str(tmp_path / "a.txt")
+    assert trial.tokenizer == "embedded"
+    assert trial.fingerprint == trial.model_copy(update={"data": "/elsewhere/a.txt"}).fingerprint
