@@ -32,6 +32,7 @@ class Router(nn.Module, abc.ABC):
         causal: a token's choice depends on no later token of its sequence.
         priced: λ and prices enter the choice.
         learned: has a gate.
+        opens: chooses which experts to open, for all sequences of a position together.
 
     Buffers:
         energy_lambda, temperature: λ and τ, scalars. `config` keeps them, so they are not saved twice.
@@ -43,6 +44,7 @@ class Router(nn.Module, abc.ABC):
     causal: ClassVar[bool] = True
     priced: ClassVar[bool] = False
     learned: ClassVar[bool] = True
+    opens: ClassVar[bool] = False
 
     energy_lambda: Tensor
     temperature: Tensor
@@ -107,7 +109,13 @@ class Router(nn.Module, abc.ABC):
         if kept_TK is not None:
             weight_TK = weight_TK.masked_fill(~kept_TK, 0.0)
         log_probs_TE = (logits_TE / self.temperature).log_softmax(dim=-1)
-        fields: dict[str, Any] = {"join_E": self.join_E, "valid_T": tokens.valid_T, "kept_TK": kept_TK, **choice}
+        # Reentrant checkpointing writes a grad_fn onto whatever a block returns: never the buffer itself.
+        fields: dict[str, Any] = {
+            "join_E": self.join_E.detach(),
+            "valid_T": tokens.valid_T,
+            "kept_TK": kept_TK,
+            **choice,
+        }
         return Routing(
             logits_TE=logits_TE, log_probs_TE=log_probs_TE, expert_TK=expert_TK, weight_TK=weight_TK, **fields
         )
@@ -306,9 +314,13 @@ class HashRouter(_Drawn):
         return self.draw(x_TD, tokens, hash_TE(self.num_experts, self.seed, tokens.id_T))
 
 
+from moe.opening import OpeningRouter, PiggybackRouter  # noqa: E402  # they build on what stands above
+
 ROUTERS: dict[str, type[Router]] = {
     "topk": TopKRouter,
     "energy": EnergyRouter,
+    "opening": OpeningRouter,
+    "piggyback": PiggybackRouter,
     "capacity": CapacityRouter,
     "topp": TopPRouter,
     "random": RandomRouter,

@@ -202,4 +202,6 @@ def test_balancing_does_not_count_the_price_or_the_capacity(route: Route) -> Non
     object.__setattr__(priced, "expert_TK", torch.zeros_like(choice_TK))
     torch.testing.assert_close(REGULARIZERS["load_balance"](priced), plain)
     kept_TK = torch.arange(N)[:, None] < 3
-    torch.testing.assert_close(REGULARIZERS["load_balance"](route(logits_TE, kept_TK=kept_TK, dropped_TK=~kept_TK)), plain)
+    torch.testing.assert_close(
+        REGULARIZERS["load_balance"](route(logits_TE, kept_TK=kept_TK, dropped_TK=~kept_TK)), plain
+    )
