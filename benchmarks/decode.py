@@ -14,9 +14,9 @@ import traceback
 import warnings
 
 import torch
-from measure import Case, interleave, print_table, synchronize
+from measure import Case, interleave, print_table, profile, synchronize
 from peer import PeerConfig, PeerLMHeadModel
-from train_step import SHAPE, profile
+from train_step import SHAPE
 
 from hwcost import EnergyMonitor
 from moe import MoEGPT2Config

@@ -93,3 +93,22 @@ def print_table(title: str, samples: Mapping[str, list[Sample]], baseline: str, 
         print(
             f"{name:34s} {statistics.median(times):9.3f} {mj}  {spread(ratios):28s} {spread(energy) if energy else '-'}"
         )
+
+
+def profile(case: Case, rows: int = 28) -> None:
+    """Print the device time of a call by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        for _ in range(3):
+            case()
+        synchronize()
+    kernels: dict[str, list[float]] = {}
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels.setdefault(event.name, []).append(event.device_time_total)
+    ranked = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    print(f"device time of one call: {sum(sum(v) for v in kernels.values()) / 3e3:.3f} ms")
+    for name, times in ranked[:rows]:
+        print(f"  {sum(times) / 3e3:8.3f} ms  x{len(times) // 3:4d}  {name[:110]}")

@@ -14,7 +14,7 @@ import traceback
 
 import torch
 import torch.nn.functional as F
-from measure import Case, calls_in, interleave, print_table, synchronize
+from measure import Case, calls_in, interleave, print_table, profile, synchronize
 from torch import nn
 
 from hwcost import EnergyMonitor
@@ -74,6 +74,20 @@ class _Batch(nn.Module):
         return (y[0] if isinstance(y, tuple) else y)[0]
 
 
+def captured(case: Case) -> Case:
+    """The same work as replays of a CUDA graph: device time, whatever the host's launches cost."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            case()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case()
+    return graph.replay
+
+
 def step(layer: nn.Module, *, compiled: bool) -> Case:
     layer = layer.to("cuda", torch.bfloat16).train()
     parameters = list(layer.parameters())
@@ -87,7 +101,7 @@ def step(layer: nn.Module, *, compiled: bool) -> Case:
     return case
 
 
-def compare(k: int, repetitions: int, seconds: float, monitor: EnergyMonitor) -> None:
+def compare(k: int, args: argparse.Namespace, monitor: EnergyMonitor) -> None:
     builders = {
         "dense": lambda: step(Dense(k), compiled=False),
         "dense, compiled": lambda: step(Dense(k), compiled=True),
@@ -100,16 +114,23 @@ def compare(k: int, repetitions: int, seconds: float, monitor: EnergyMonitor) ->
         ),
     }
     cases: dict[str, Case] = {}
-    for name, build in builders.items():
+    for name in args.only or builders:
         try:
-            cases[name] = build()
+            case = builders[name]()
+            for _ in range(3):
+                case()
+            cases[name] = case if args.host else captured(case)
             cases[name]()
+            if args.profile:
+                print(f"-- {name}, K={k}")
+                profile(cases[name], 24)
         except Exception:
             cases.pop(name, None)
             print(f"{name} left out:")
             traceback.print_exc(limit=-3)
-    samples = interleave(cases, repetitions=repetitions, seconds=seconds, monitor=monitor)
-    print_table(f"layer forward + backward, K={k}, {T} tokens, E {E}, bf16", samples, "dense")
+    samples = interleave(cases, repetitions=args.repetitions, seconds=args.seconds, monitor=monitor)
+    how = "launched by the host" if args.host else "replayed CUDA graphs"
+    print_table(f"layer forward + backward, K={k}, {T} tokens, E {E}, bf16, {how}", samples, "dense")
 
 
 # Correctness
@@ -268,6 +289,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of one window")
+    parser.add_argument("--host", action="store_true", help="launch from the host instead of replaying CUDA graphs")
+    parser.add_argument("--profile", action="store_true", help="kernel times of each case")
+    parser.add_argument("--only", nargs="*", help="names of the cases, the baseline `dense` first")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
@@ -280,7 +304,7 @@ def main() -> None:
         with EnergyMonitor.for_assigned_devices() as monitor:
             print("energy source:", monitor.source)
             for k in args.k:
-                compare(k, args.repetitions, args.seconds, monitor)
+                compare(k, args, monitor)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 import traceback
 
 import torch
-from measure import Case, interleave, print_table, synchronize
+from measure import Case, interleave, print_table, profile, synchronize
 from peer import PeerConfig, PeerLMHeadModel, backend
 
 from hwcost import EnergyMonitor
@@ -70,24 +70,6 @@ def build(name: str, make, ids_BS: torch.Tensor, **options: object) -> Case | No
     peak_gb = (torch.cuda.max_memory_allocated() - held) / 1e9
     print(f"{name:28s} peak memory {peak_gb:6.2f} GB (above what was held), first step {started_s:.0f} s", flush=True)
     return case
-
-
-def profile(case: Case, rows: int = 28) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
-        for _ in range(3):
-            case()
-        synchronize()
-    kernels: dict[str, list[float]] = {}
-    for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels.setdefault(event.name, []).append(event.device_time_total)
-    ranked = sorted(kernels.items(), key=lambda item: -sum(item[1]))
-    print(f"device time of one step: {sum(sum(v) for v in kernels.values()) / 3e3:.3f} ms")
-    for name, times in ranked[:rows]:
-        print(f"  {sum(times) / 3e3:8.3f} ms  x{len(times) // 3:4d}  {name[:110]}")
 
 
 def main() -> None:
