@@ -52,6 +52,8 @@ class RoutingSummary:
     layer_diversity: list[float]
     layer_margin: list[float | None]
     layer_open_experts: list[float]
+    layer_logit_std: list[float]
+    layer_flip_fraction: list[float] | None
     mean_logits_LE: Matrix
     domain_load_LME: list[Matrix] | None
     coactivation_LEE: list[Matrix]
@@ -154,6 +156,8 @@ class RoutingStats:
             layer_diversity=diversity_L.tolist(),
             layer_margin=margin_L,
             layer_open_experts=open_L.tolist(),
+            layer_logit_std=variance_L.sqrt().tolist(),
+            layer_flip_fraction=_layer_flips(sums),
             mean_logits_LE=(sums["logits_E"] / tokens_L[:, None]).tolist(),
             domain_load_LME=_rows(sums["domain_ME"]).tolist() if self.domains else None,
             coactivation_LEE=(sums["together_EE"] / tokens_L[:, None, None]).tolist(),
@@ -225,6 +229,12 @@ def _flips(sums: dict[str, Tensor]) -> float | None:
     if not sums["priced"].all():
         return None
     return float(1 - sums["overlap"].sum() / sums["n_E"].sum().clamp_min(1))
+
+
+def _layer_flips(sums: dict[str, Tensor]) -> list[float] | None:
+    if not sums["priced"].all():
+        return None
+    return (1 - sums["overlap"] / sums["n_E"].sum(dim=1).clamp_min(1)).tolist()
 
 
 def _specialisation(count_LME: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ NO_REGULARIZER = "none"
 DEFAULT_EXPERTS = 8
 PRICED_ROUTERS = frozenset({"energy", "opening", "piggyback"})
 # Keys that say where and how a trial runs, not which experiment it is.
-_NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads")
+_NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads", "anytime", "checkpoint")
+ANYTIME_EPOCHS = 4
 
 
 class ConfigError(ValueError):
@@ -53,7 +54,9 @@ class TrialConfig(pydantic.BaseModel):
     upcycle_noise: float = pydantic.Field(0.01, ge=0)
     # training
     epochs: int = pydantic.Field(1, ge=1)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    decay_fraction: float = pydantic.Field(0.2, gt=0, lt=1)
+    anytime: bool = False
     batch_size: int = pydantic.Field(16, ge=1)
     learning_rate: float = pydantic.Field(3e-4, gt=0)
     weight_decay: float = pydantic.Field(0.1, ge=0)
@@ -67,6 +70,7 @@ class TrialConfig(pydantic.BaseModel):
     max_eval_tokens: int | None = pydantic.Field(None, ge=1)
     test: bool = False
     # measurement
+    checkpoint: bool = True
     decode_batches: tuple[int, ...] = (8,)
     decode_prompt_tokens: int = pydantic.Field(64, ge=1)
     decode_new_tokens: int = pydantic.Field(64, ge=1)
@@ -89,6 +93,17 @@ class TrialConfig(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             raise ConfigError(_one_line(error)) from None
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _anytime_epochs(cls, values: Any) -> Any:
+        """`epochs: anytime` (or `anytime:6`) is every number of epochs up to 4 (6) from one trial."""
+        wanted = values.get("epochs") if isinstance(values, Mapping) else None
+        if not isinstance(wanted, str) or not wanted.startswith("anytime"):
+            return values
+        count = wanted.partition(":")[2] or str(ANYTIME_EPOCHS)
+        _expect("epochs", "anytime or anytime:COUNT", wanted.partition(":")[0] == "anytime" and count.isdigit(), wanted)
+        return {**values, "epochs": int(count), "schedule": "wsd", "anytime": True}
+
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> TrialConfig:
         _known("router", self.router, (DENSE, *ROUTERS))
@@ -100,6 +115,7 @@ class TrialConfig(pydantic.BaseModel):
             "expert_width_factors", "widths ≥ 0, one of them above 0", min(factors) >= 0 and max(factors) > 0, factors
         )
         _expect("top_k", f"at most {len(factors)}, the number of experts", self.top_k <= len(factors), self.top_k)
+        _expect("schedule", "wsd where anytime is set", self.schedule == "wsd" or not self.anytime, self.schedule)
         _expect("n_embd", f"a multiple of n_head ({self.n_head})", self.n_embd % self.n_head == 0, self.n_embd)
         _expect(
             "decode_batches", "batches of at least 1", all(b >= 1 for b in self.decode_batches), self.decode_batches
@@ -153,6 +169,8 @@ class TrialConfig(pydantic.BaseModel):
         if not self.price_acts:
             inert |= {"energy_lambda", "price"}
             values["router"] = "topk" if self.router in ("energy", "opening") else self.router
+        if self.schedule != "wsd":
+            inert.add("decay_fraction")
         inert |= {key for router, key in (("capacity", "capacity_factor"), ("topp", "top_p")) if self.router != router}
         return {key: value for key, value in sorted(values.items()) if key not in inert}
 

@@ -11,10 +11,10 @@ import transformers
 
 from hwcost import CostModel
 from hwcost.ops import ModelShape
-from moe import MoEGPT2Config, upcycle
+from moe import ROUTERS, MoEGPT2Config, upcycle
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
 from pipelines.data import OFFLINE_OPTIONS, Corpus
-from pipelines.prices import Prices, expert_prices
+from pipelines.prices import OperatingPoint, Prices, phase_prices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,15 +97,17 @@ def _dropouts(config: TrialConfig) -> dict[str, float]:
     return {name: float(config.dropout or 0.0) for name in names}
 
 
-def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tuple[Any, Prices | None]:
-    """The model of a trial on its device, and the prices on its routers (None for the dense model)."""
+def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tuple[Any, dict[str, Prices] | None]:
+    """The model of a trial on its device, and the prices of each phase (None for the dense model). Those of training
+    are on its routers."""
     torch.manual_seed(config.seed)
     model = dense_model(config, corpus)
     prices = None
     if not config.is_dense:
         moe_config = moe_config_of(config, model.config)
         model = upcycle(model, moe_config, noise=config.upcycle_noise, seed=config.seed)
-        prices = _set_prices(model, config, moe_config, hardware)
+        prices = prices_of(config, moe_config, hardware)
+        set_prices(model, prices["train"])
     weights = torch.bfloat16 if hardware.dtype == "pure_bf16" else torch.float32
     return model.to(device=hardware.device, dtype=weights), prices
 
@@ -126,7 +128,7 @@ def moe_config_of(config: TrialConfig, dense: Any) -> MoEGPT2Config:
         "router_temperature": config.temperature,
         "regularizers": {config.regularizer: config.regularizer_weight} if has_regularizer else None,
         "capacity_factor": config.capacity_factor,
-        "top_p": config.top_p,
+        "router_top_p": config.top_p,
         "router_jitter": config.router_jitter,
         "bias_balance_rate": config.bias_balance_rate,
         "router_seed": config.seed,
@@ -166,16 +168,20 @@ def modelled_step_j(
     return cost.energy_j
 
 
-def _set_prices(model: Any, config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> Prices:
-    prices = expert_prices(
-        CostModel.for_device(hardware.gpu_name, hardware.power_limit_w),
-        kind=config.price,
+def prices_of(config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> dict[str, Prices]:
+    """Prices of a trial's experts in training, prefill and decode, at its operating point."""
+    tokens = config.batch_size * config.seq_len
+    point = OperatingPoint(
         d_model=moe_config.n_embd,
         widths=tuple(moe_config.expert_widths),
         top_k=config.top_k,
-        tokens=config.batch_size * config.seq_len,
         dtype="bf16" if hardware.dtype != "fp32" else "fp32",
-        seed=config.seed,
+        tokens={"train": tokens, "prefill": tokens, "decode": config.decode_batches[0] if config.decode_batches else 1},
     )
+    cost_model = CostModel.for_device(hardware.gpu_name, hardware.power_limit_w)
+    return phase_prices(cost_model, point, kind=config.price, seed=config.seed, opens=ROUTERS[config.router].opens)
+
+
+def set_prices(model: Any, prices: Prices) -> None:
+    """Put the prices of a phase on the routers of a model."""
     model.set_prices(torch.tensor(prices.join), torch.tensor(prices.open))
-    return prices

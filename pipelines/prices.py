@@ -1,12 +1,50 @@
-"""What a token pays for an expert: joules from the cost model, or another ordering as a control."""
+"""What a token pays for an expert: joules from the cost model, or another ordering as a control.
+
+Training, prefill and decode have prices of their own. A router sees them in units of c_ref, the marginal joules per
+token of the dense FFN at the same operating point, so that λ means the same on every GPU; λ / c_ref is λ in 1/J.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hwcost import CostModel, ExpertPrices
+
+PHASES = ("train", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnergyShares:
+    """Joules of one call, and what they come to per sequence, per token and per expert slot."""
+
+    batch_j: float
+    sequence_j: float
+    token_j: float
+    slot_j: float
+
+
+def share_energy(batch_j: float, *, batch_size: int, seq_len: int, top_k: int = 1) -> EnergyShares:
+    """Divide the joules of a batch: by its sequences, by its tokens, by its expert slots (DESIGN §4).
+
+    Args:
+        batch_j: joules of one call on the whole batch.
+        batch_size: sequences in it. Never tokens.
+        seq_len: tokens that each sequence passes through the layers; 1 for a decode step.
+        top_k: K. A token fills K slots, so a slot is a K-th of the token's joules.
+
+    Raises:
+        ValueError: a count below 1, or joules that are negative or not finite.
+    """
+    for name, count in (("batch_size", batch_size), ("seq_len", seq_len), ("top_k", top_k)):
+        if count < 1:
+            raise ValueError(f"{name}: expected a number of at least 1, got {count!r}")
+    if not 0 <= batch_j < float("inf"):
+        raise ValueError(f"batch_j: expected finite joules of at least 0, got {batch_j!r}")
+    sequence_j = batch_j / batch_size
+    token_j = sequence_j / seq_len
+    return EnergyShares(batch_j=batch_j, sequence_j=sequence_j, token_j=token_j, slot_j=token_j / top_k)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +62,53 @@ class Prices:
     open: tuple[float, ...]
     c_ref_j: float
     profile: str
+
+    def lambda_per_j(self, energy_lambda: float) -> float:
+        """λ in nats per joule, from nats per c_ref."""
+        return energy_lambda / self.c_ref_j
+
+    def lambda_per_c_ref(self, lambda_per_j: float) -> float:
+        """λ in nats per c_ref, from nats per joule."""
+        return lambda_per_j * self.c_ref_j
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """What prices depend on: the experts of a layer, and the tokens of a call in each phase."""
+
+    d_model: int
+    widths: tuple[int, ...]
+    top_k: int
+    dtype: str
+    tokens: Mapping[str, int]
+
+
+def phase_prices(
+    cost_model: CostModel, point: OperatingPoint, *, kind: str, seed: int = 0, opens: bool = False
+) -> dict[str, Prices]:
+    """Prices of training, prefill and decode.
+
+    Args:
+        opens: the router weighs open sets. It chooses one per position, as a decode step does, in every phase; so what
+            opening costs is that of decode in every phase.
+    """
+    found = {
+        phase: expert_prices(
+            cost_model,
+            kind=kind,
+            d_model=point.d_model,
+            widths=point.widths,
+            top_k=point.top_k,
+            tokens=point.tokens[phase],
+            dtype=point.dtype,
+            phase=phase,
+            seed=seed,
+        )
+        for phase in PHASES
+    }
+    if not opens:
+        return found
+    return {phase: dataclasses.replace(prices, open=found["decode"].open) for phase, prices in found.items()}
 
 
 def expert_prices(
@@ -57,8 +142,15 @@ def _joules(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, V
     return table.join, table.open
 
 
-def _by_width(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
-    return relative, relative
+def _flops(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
+    """FLOPs: proportional to width for a token that joins; opening an expert computes nothing."""
+    return relative, (0.0,) * len(relative)
+
+
+def _params(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
+    """Parameters: proportional to width. Opening is scaled to sum to the joule prices of opening."""
+    scale = sum(table.open) / sum(relative)
+    return relative, tuple(share * scale for share in relative)
 
 
 def _latency(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
@@ -69,8 +161,8 @@ def _latency(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, 
 
 
 def _uniform(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
-    ones = (1.0,) * len(relative)
-    return ones, ones
+    """One price for all; opening costs what it costs on average."""
+    return (1.0,) * len(relative), (sum(table.open) / len(relative),) * len(relative)
 
 
 def _zero(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values, Values]:
@@ -89,11 +181,10 @@ def _shuffled(table: ExpertPrices, relative: Values, seed: int) -> tuple[Values,
             return join, tuple(table.open[e] for e in order)
 
 
-# FLOPs and parameters of an expert are both proportional to its width.
 PRICE_KINDS: dict[str, Callable[[ExpertPrices, Values, int], tuple[Values, Values]]] = {
     "joules": _joules,
-    "flops": _by_width,
-    "params": _by_width,
+    "flops": _flops,
+    "params": _params,
     "latency": _latency,
     "uniform": _uniform,
     "shuffled": _shuffled,

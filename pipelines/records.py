@@ -22,7 +22,8 @@ import pyarrow.fs as pafs
 from pipelines import parquet
 
 #: 1: the first. 2: `trials` gained `anchor_j_per_token` (null in older files).
-SCHEMA_VERSION = 2
+#: 3: `trials` gained `ended_by` and `branches_energy_j` (null in older files).
+SCHEMA_VERSION = 3
 
 
 def column(meaning: str, *, unit: str = "", null: str = "") -> Any:
@@ -49,6 +50,7 @@ class TrialRecord:
     state: str = column("COMPLETED, STOPPED (ended early by a scheduler or a budget) or FAILED")
     censored: bool = column("true where the trial ended before its configured epochs; never on a final front")
     error: str | None = column("reason of a FAILED trial, one line", null="did not fail")
+    ended_by: str | None = column("itself, scheduler, budget, interrupt, timeout or died (its process); only the first two are final: the others run again at --resume", null="written by an older version: itself")
     config_json: str = column("the whole configuration as JSON")
     # configuration
     base: str = column("base checkpoint: hub name, folder or 'random'")
@@ -84,7 +86,8 @@ class TrialRecord:
     eval_energy_j: float | None = column("evaluation, prefill and decode", unit="J", null="not measurable")
     idle_energy_j: float | None = column("rest of the trial's span: between the windows", unit="J", null="not measurable")
     lost_energy_j: float | None = column("work of earlier attempts that was lost", unit="J", null="not measurable")
-    total_energy_j: float | None = column("setup + train + eval + idle + lost", unit="J", null="not measurable")
+    branches_energy_j: float | None = column("decay branches of an anytime trial: the points of other epoch counts", unit="J", null="no branches")
+    total_energy_j: float | None = column("setup + train + eval + branches + idle + lost, over all attempts up to this one", unit="J", null="not measurable")
     train_j_per_token: float | None = column("train_energy_j / tokens_trained", unit="J/token", null="not measurable")
     anchor_j_per_token: float | None = column("joules per token of the anchor workload on this board: boards of one model are compared by it", unit="J/token", null="not measured")
     prefill_j_per_token: float | None = column("prefill, per prompt token", unit="J/token", null="not measured")
@@ -352,14 +355,16 @@ class Store:
         if not paths:
             return schema.empty_table().select(list(columns) if columns else schema.names)
         form = pads.ParquetFileFormat(dictionary_columns=repeated)
-        data = pads.dataset(paths, schema=schema, format=form, filesystem=self.fs)
-        for fragment in data.get_fragments():
-            parquet.check_version(fragment, SCHEMA_VERSION)
-        rows = parquet.without_stale_rows(paths)
-        if trial_ids is not None:
-            wanted = pads.field("trial_id").isin(list(trial_ids))
-            rows = wanted if rows is None else rows & wanted
-        return data.to_table(columns=list(columns) if columns else None, filter=rows)
+        tables = []
+        for part, rows in parquet.without_stale_rows(paths):
+            data = pads.dataset(part, schema=schema, format=form, filesystem=self.fs)
+            for fragment in data.get_fragments():
+                parquet.check_version(fragment, SCHEMA_VERSION)
+            if trial_ids is not None:
+                wanted = pads.field("trial_id").isin(list(trial_ids))
+                rows = wanted if rows is None else rows & wanted
+            tables.append(data.to_table(columns=list(columns) if columns else None, filter=rows))
+        return pa.concat_tables(tables)
 
     def files(self, record: type[Record], sweep_id: str | None = None) -> list[str]:
         """Paths of a table's Parquet files, of one sweep or of all, sorted."""

@@ -11,12 +11,13 @@ import datetime as dt
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hwcost import EnergyMonitor
+from pipelines.absorption import absorption
 from pipelines.config import TrialConfig
 from pipelines.data import load_corpus
 from pipelines.evaluation import (
@@ -29,27 +30,11 @@ from pipelines.evaluation import (
     measure_prefill,
 )
 from pipelines.ledger import EVAL, SETUP, TRAIN, Ledger
-from pipelines.model import Hardware, build_model, modelled_step_j
+from pipelines.model import Hardware, build_model, modelled_step_j, set_prices
+from pipelines.prices import Prices
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
 from pipelines.training import EpochSums, Trainer
-
-DECODE_COLUMNS = {
-    1: "decode_j_per_token_b1",
-    8: "decode_j_per_token_b8",
-    32: "decode_j_per_token_b32",
-    128: "decode_j_per_token_b128",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrialKey:
-    """Which attempt of which trial of which sweep."""
-
-    sweep_id: str
-    trial_id: str
-    attempt: int = 0
-
 
 class Trial:
     """One attempt of a trial. Call `advance` until it returns the trial's record."""
@@ -143,11 +128,18 @@ class Trial:
             if self.test is not None:
                 loss = evaluate(self.model, self.test, self.config, self.hardware).loss_nats
                 self._measured["test_loss_nats"] = loss
+            self._price("prefill")
             prefill = measure_prefill(self.model, self.validation, self.config, self.hardware, self.monitor)
             self._measured["prefill_j_per_token"] = prefill.j_per_token
+            self._price("decode")
             for batch in self.config.decode_batches:
                 phase = measure_decode(self.model, self.validation, batch, self.config, self.hardware, self.monitor)
                 self._book_decode(batch, phase)
+
+    def _price(self, phase: str) -> None:
+        """Put the prices of a phase on the routers: training, prefill and decode have their own."""
+        if self.prices is not None:
+            set_prices(self.model, self.prices[phase])
 
     def _book_decode(self, batch: int, phase: PhaseEnergy) -> None:
         if "decode_batch" not in self._measured:
@@ -199,18 +191,15 @@ class Trial:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "modelled_train_energy_j": self._modelled_j(evaluation) if self.epoch else None,
             **routing_columns(evaluation),
+            "price_drift": last.price_drift,
+            "lambda_undone": last.lambda_undone,
             **self._measured,
         }
         if evaluation.routing is not None:
             columns["open_experts"] = evaluation.routing.open_experts
             columns["mean_selected_width"] = evaluation.routing.mean_selected_width
         if self.prices is not None and self.config.uses_price:
-            columns |= {
-                "price_c_ref_j": self.prices.c_ref_j,
-                "price_join": list(self.prices.join),
-                "price_open": list(self.prices.open),
-                "price_profile": self.prices.profile,
-            }
+            columns |= price_columns(self.config, self.prices)
         return columns
 
     def _modelled_j(self, evaluation: Evaluation) -> float | None:
@@ -244,7 +233,27 @@ class Trial:
             expert_load=[list(load) for load in routing.load_LE] if routing else None,
             layer_effective_experts=list(routing.layer_effective_experts) if routing else None,
             **routing_columns(evaluation),
+            **self._audit_columns(evaluation),
         )
+
+    def _audit_columns(self, evaluation: Evaluation) -> dict[str, Any]:
+        """What became of the price since epoch 0; empty where no price acts on the router."""
+        routing = evaluation.routing
+        if routing is None:
+            return {}
+        if not self.epochs:
+            self._routing_at_start = routing
+        columns: dict[str, Any] = {"layer_logit_std": routing.layer_logit_std}
+        if self.prices is None or not self.config.is_priced:
+            return columns
+        audit = absorption(self._routing_at_start, routing, self.prices["train"].join, self.config.temperature)
+        return columns | {
+            "price_drift": audit.drift,
+            "lambda_undone": audit.undone,
+            "layer_price_drift": audit.drift_L,
+            "layer_lambda_undone": audit.undone_L,
+            "layer_price_flip_fraction": audit.flip_L,
+        }
 
     def _point(self, record: TrialRecord) -> PointRecord:
         """The trial's own end. Earlier boundaries are valid ends only under a schedule that decays there."""
@@ -261,58 +270,6 @@ class Trial:
                 values = {k: v for k, v in dataclasses.asdict(sample).items() if k in names}
                 rows.append(PowerRecord(**dataclasses.asdict(self.key), **(values | {"time_s": time_s})))
         return rows
-
-
-def routing_columns(evaluation: Evaluation) -> dict[str, Any]:
-    """The routing columns that trials and epochs share; empty for the dense model."""
-    if evaluation.routing is None:
-        return {}
-    return {
-        "routing_diversity": evaluation.routing.routing_diversity,
-        "effective_experts": evaluation.routing.effective_experts,
-        "load_cv": evaluation.routing.load_cv,
-        "dropped_fraction": evaluation.routing.dropped_fraction,
-        "logit_std": evaluation.routing.logit_std,
-        "routing_agreement": evaluation.routing.unpriced_agreement,
-        "price_flip_fraction": evaluation.routing.price_flip_fraction,
-    }
-
-
-def config_columns(config: TrialConfig) -> dict[str, Any]:
-    """The configuration columns of a `trials` row; what does not apply is null."""
-    moe = not config.is_dense
-    inner = 4 * config.n_embd
-    regularized = moe and config.regularizer_weight != 0 and config.regularizer != "none"
-    return {
-        "config_fingerprint": config.fingerprint,
-        "seed": config.seed,
-        "config_json": json.dumps(config.model_dump(mode="json"), sort_keys=True),
-        "base": config.base,
-        "router": config.router,
-        "energy_lambda": config.energy_lambda if moe and config.is_priced else None,
-        "top_k": config.top_k if moe and config.router != "topp" else None,
-        "num_experts": len(config.width_factors) if moe else None,
-        "expert_widths": [round(f * inner / 8) * 8 for f in config.width_factors] if moe else None,
-        "price": config.price if moe and config.uses_price else None,
-        "regularizer": config.regularizer if regularized else None,
-        "regularizer_weight": config.regularizer_weight if regularized else None,
-        "temperature": config.temperature if moe else None,
-        "epochs": config.epochs,
-        "schedule": config.schedule,
-        "batch_size": config.batch_size,
-        "seq_len": config.seq_len,
-    }
-
-
-def perplexity(loss_nats: float) -> float | None:
-    """exp(loss), None where it is beyond a float."""
-    return None if loss_nats > 700 else float(torch.tensor(loss_nats, dtype=torch.float64).exp())
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one line: its kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def run_trial(
