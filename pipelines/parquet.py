@@ -13,6 +13,8 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipelines.faults import passing
+
 #: File that holds all attempts of a sweep after compaction, beside which later attempts may stand.
 COMPACTED = "compacted.parquet"
 
@@ -42,21 +44,29 @@ def check_version(fragment: Any, supported: int) -> None:
         )
 
 
-def without_stale_rows(paths: Sequence[str]) -> Any:
-    """Where a part still stands beside the compacted file, the part's rows are the ones that count.
+def without_stale_rows(paths: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Files to read, each group with the filter that its rows must pass (None: all do).
 
-    That happens when compaction was killed before it deleted the parts, or when an attempt was written again.
+    Where an attempt's own file stands beside the compacted one, its rows are the ones that count: compaction was
+    killed before it deleted the parts, or the attempt was written again.
     """
     folders = {os.path.dirname(path) for path in paths if os.path.basename(path) == COMPACTED}
-    parts = [path for path in paths if os.path.dirname(path) in folders and os.path.basename(path) != COMPACTED]
-    if not parts:
-        return None
-    keep = pads.field("__filename").isin(paths) & ~pads.field("__filename").isin([f"{f}/{COMPACTED}" for f in folders])
-    for folder in sorted(folders):
-        names = [os.path.basename(path).removesuffix(".parquet") for path in parts if os.path.dirname(path) == folder]
-        name = pc.binary_join_element_wise(pads.field("trial_id"), pads.field("attempt").cast(pa.string()), "-")
-        keep |= (pads.field("__filename") == f"{folder}/{COMPACTED}") & ~name.isin(names)
-    return keep
+    parts_of: dict[str, list[str]] = {folder: [] for folder in folders}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder in folders and name != COMPACTED:
+            parts_of[folder].append(name)
+    plain: list[str] = []
+    groups: list[tuple[list[str], Any]] = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        parts = parts_of.get(folder, [])
+        if name != COMPACTED or not parts:
+            plain.append(path)
+            continue
+        key = pc.binary_join_element_wise(pads.field("trial_id"), pads.field("attempt").cast(pa.string()), "-")
+        groups.append(([path], ~key.isin([part.removesuffix(".parquet") for part in parts])))
+    return [*([(plain, None)] if plain else []), *groups]
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -79,6 +89,7 @@ def _write_renamed(table: pa.Table, target: str) -> None:
             pq.write_table(table, sink)
             sink.flush()
             os.fsync(sink.fileno())
+        passing("parquet.rename", target)
         os.replace(temporary, target)
     except BaseException:
         if os.path.exists(temporary):
