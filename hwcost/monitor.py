@@ -150,7 +150,7 @@ class EnergyMonitor:
             allow_cpu: measure (RAPL) or model the CPU where no GPU was given.
             cpu_parallel: trials that run on this host at the same time; RAPL serves one only.
             period_s: spacing of the samples in the history.
-            profile: a `PowerBaseline`, or anything with `idle_w` and `context_w` (itself or as its `baseline`).
+            profile: a `CostModel`, a profile of one, or a `PowerBaseline`: idle watts; an analytic one is not used.
             torch_device: measure only this one of the assigned devices ("cuda:1"); "cpu" measures none of the GPUs.
             history_path: a file that samples and the ledger are appended to, so that they outlive a killed process.
         """
@@ -338,5 +338,7 @@ def _add(entry: LedgerEntry | None, more: LedgerEntry) -> LedgerEntry:
 def _baseline(profile: object) -> PowerBaseline | None:
     if profile is None or isinstance(profile, PowerBaseline):
         return profile
-    source: Any = getattr(profile, "baseline", profile)
+    source: Any = getattr(profile, "profile", profile)  # a CostModel holds one
+    if getattr(source, "analytic", False):
+        return None  # assumed watts would make dynamic joules an assumption too
     return PowerBaseline(idle_w=getattr(source, "idle_w", None), context_w=getattr(source, "context_w", None))

@@ -297,15 +297,23 @@ class DeviceSampler:
                 span.see(self._occupancy)
         self.beat(now)
 
+    def _offset(self) -> float:
+        """Wall clock minus monotonic clock, read while nobody interrupted us."""
+        for _ in range(3):
+            before, wall, after = self.clock.monotonic(), self.clock.wall(), self.clock.monotonic()
+            if after - before < 1e-3:
+                break
+        return wall - (before + after) / 2
+
     def _drain_ring(self) -> None:
         """Take what the driver's ring of power samples gained, its stamps mapped to the monotonic clock."""
         now = self.clock.monotonic()
         if not self.reader.stepped or (now < self._due.get("ring", -math.inf) and not self._pending()):
             return
         self._due["ring"] = now + RING_EVERY_S
-        offset = self.clock.wall() - now
+        offset = self._offset()
         samples = self.guard.read("ring", lambda: self.reader.power_ring(self._ring_since_us))
-        jumped = self._wall_offset is not None and abs(offset - self._wall_offset) > 0.02
+        jumped = self._wall_offset is not None and abs(offset - self._wall_offset) > 0.05
         self._wall_offset = offset
         if jumped:  # stamps from before the jump cannot be placed
             self.note("clock_jump")
