@@ -5,15 +5,19 @@ Shape legend: B sequences per step, S tokens per sequence, N blocks.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pipelines.config import TrialConfig
 from pipelines.data import TokenSplit
+from pipelines.faults import passing
 from pipelines.model import Hardware
 
 _FINITE_CHECK_STEPS = 50
@@ -44,15 +48,29 @@ def make_optimizer(model: Any, config: TrialConfig, hardware: Hardware) -> torch
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=fused)
 
 
-def learning_rate(config: TrialConfig, step: int, total_steps: int) -> float:
-    """Learning rate of a step: linear warm-up, then a cosine to a tenth (or constant)."""
-    warmup = max(1, round(config.warmup_fraction * total_steps))
+def learning_rate(config: TrialConfig, step: int, total_steps: int, per_epoch: int | None = None) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine to a tenth, constant, or stable and decayed at the end.
+
+    With `wsd` the warm-up is a share of the first epoch (`per_epoch` steps) and the decay is 1 − √progress over the
+    last `decay_fraction`, so that runs of any length share their stable part (Hägele et al. 2024, section 3).
+    """
+    is_wsd = config.schedule == "wsd"
+    warmup = max(1, round(config.warmup_fraction * (per_epoch or total_steps if is_wsd else total_steps)))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if config.schedule == "constant":
         return config.learning_rate
+    if is_wsd:
+        start = decay_start(config, total_steps)
+        done = (step - start + 1) / (total_steps - start + 1)
+        return config.learning_rate * (1 - math.sqrt(done)) if step >= start else config.learning_rate
     progress = (step - warmup) / max(1, total_steps - warmup)
     return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def decay_start(config: TrialConfig, total_steps: int) -> int:
+    """Step at which the decay of a `wsd` run of that length begins: the stable part ends at n·(1 − d)."""
+    return round(total_steps * (1 - config.decay_fraction))
 
 
 def steps_per_epoch(split: TokenSplit, config: TrialConfig) -> int:
@@ -79,8 +97,24 @@ class Trainer:
         self.model, self.config, self.hardware, self.split = model, config, hardware, split
         self.optimizer = make_optimizer(model, config, hardware)
         self.forward = torch.compile(model, fullgraph=True) if hardware.compile else model
-        self.total_steps = steps_per_epoch(split, config) * config.epochs
+        self.total_steps = self.per_epoch * config.epochs
         self.step = 0
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return steps_per_epoch(self.split, self.config)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens of an optimizer step."""
+        rows, block = self.split.blocks_NS.shape
+        return min(self.config.batch_size, rows) * (block - 1)
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens that the weights have seen."""
+        return self.step * self.tokens_per_step
 
     def warm_up(self) -> None:
         """Compile and run a few real batches; parameters, buffers and random state stay as they were."""
@@ -102,23 +136,44 @@ class Trainer:
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
         """
+        return self._run(batches(self.split, self.config, epoch, self.hardware.device), self.total_steps)
+
+    def run_to(self, end_step: int, total_steps: int) -> EpochSums:
+        """Train up to a step of a run of `total_steps`.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        return self._run(self._blocks(end_step), total_steps)
+
+    def _run(self, blocks: Iterable[torch.Tensor], total_steps: int) -> EpochSums:
         self.model.train()
         totals = torch.zeros(2, device=self.hardware.device)
-        rate, steps = 0.0, 0
-        for block_BS in batches(self.split, self.config, epoch, self.hardware.device):
-            rate = learning_rate(self.config, self.step, self.total_steps)
+        rate, first, per_epoch = 0.0, self.step, self.per_epoch
+        for block_BS in blocks:
+            rate = learning_rate(self.config, self.step, total_steps, per_epoch)
             totals += self._step(block_BS, rate)
-            steps += 1
-            if steps % _FINITE_CHECK_STEPS == 0:
-                self._assert_finite(totals, epoch)
-        self._assert_finite(totals, epoch)
-        lm, aux = (totals / steps).tolist()
-        per_block = self.split.blocks_NS.shape[1] - 1
-        has_aux = not self.config.is_dense
-        tokens = steps * min(self.config.batch_size, len(self.split.blocks_NS)) * per_block
+            passing("train.step", f"step{self.step}.")
+            if (self.step - first) % _FINITE_CHECK_STEPS == 0:
+                self._assert_finite(totals)
+        self._assert_finite(totals)
+        steps = self.step - first
+        lm, aux = (totals / max(steps, 1)).tolist()
         return EpochSums(
-            loss_nats=lm, aux_loss=aux if has_aux else None, tokens=tokens, steps=steps, learning_rate=rate
+            loss_nats=lm,
+            aux_loss=None if self.config.is_dense else aux,
+            tokens=steps * self.tokens_per_step,
+            steps=steps,
+            learning_rate=rate,
         )
+
+    def _blocks(self, end_step: int) -> Iterator[torch.Tensor]:
+        """The batches from the present step to `end_step`, each epoch in its own order."""
+        while self.step < end_step:
+            epoch, skip = divmod(self.step, self.per_epoch)
+            count = min(end_step, (epoch + 1) * self.per_epoch) - self.step
+            whole = batches(self.split, self.config, epoch + 1, self.hardware.device)
+            yield from itertools.islice(whole, skip, skip + count)
 
     def _step(self, block_BS: torch.Tensor, rate: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
@@ -141,17 +196,38 @@ class Trainer:
             return torch.stack([output.loss.detach().float(), output.loss.new_zeros(()).float()])
         return torch.stack([output.lm_loss.detach().float(), (output.loss - output.lm_loss).detach().float()])
 
-    def _assert_finite(self, totals: torch.Tensor, epoch: int) -> None:
+    def _assert_finite(self, totals: torch.Tensor) -> None:
         if not bool(torch.isfinite(totals).all()):
+            epoch = 1 + (self.step - 1) // self.per_epoch
             raise NonFiniteLossError(
                 f"the training loss is not finite in epoch {epoch} (step {self.step}); lower learning_rate or grad_clip"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer state and position in the schedule."""
-        return {"optimizer": self.optimizer.state_dict(), "step": self.step}
+        """Optimizer state, position in the schedule, random state."""
+        cuda = self.hardware.device.type == "cuda"
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if cuda else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu())
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """Train on the side: afterwards weights, optimizer, position and random state are as they were."""
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        state = copy.deepcopy(self.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(weights)
+            self.load_state_dict(state)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import json
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from hwcost import EnergyMonitor
+from hwcost import EnergyMonitor, Measurement
 from pipelines.absorption import absorption
+from pipelines.checkpoints import Checkpoint, Checkpoints, restore
 from pipelines.config import TrialConfig
 from pipelines.data import load_corpus
 from pipelines.evaluation import (
@@ -29,24 +30,61 @@ from pipelines.evaluation import (
     measure_decode,
     measure_prefill,
 )
-from pipelines.ledger import EVAL, SETUP, TRAIN, Ledger
+from pipelines.faults import passing
+from pipelines.heartbeat import Keeper
+from pipelines.journal import Journal
+from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, quadrature, total
 from pipelines.model import Hardware, build_model, modelled_step_j, set_prices
-from pipelines.prices import Prices
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
-from pipelines.training import EpochSums, Trainer
+from pipelines.training import EpochSums, Trainer, decay_start
+from pipelines.trial_rows import (
+    DECODE_COLUMNS,
+    TrialKey,
+    config_columns,
+    continued,
+    one_line,
+    perplexity,
+    point_of,
+    power_records,
+    price_columns,
+    routing_columns,
+)
+
 
 class Trial:
-    """One attempt of a trial. Call `advance` until it returns the trial's record."""
+    """One attempt of a trial. Call `advance` until it returns the trial's record.
 
-    def __init__(self, config: TrialConfig, key: TrialKey, store: Store, monitor: EnergyMonitor) -> None:
+    With a journal the attempt continues from the trial's newest checkpoint, if there is one, and writes its own.
+
+    Args:
+        carry: what earlier attempts spent (`recover.carried`); nothing where this is the first.
+        keeper: writes the attempt's heartbeats.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        key: TrialKey,
+        store: Store,
+        monitor: EnergyMonitor,
+        *,
+        journal: Journal | None = None,
+        spent_j: float | None = 0.0,
+        keeper: Keeper | None = None,
+    ) -> None:
         self.config, self.key, self.store, self.monitor = config, key, store, monitor
-        self.ledger = Ledger(monitor)
+        self.checkpoints = Checkpoints(journal, key.trial_id) if journal is not None and config.checkpoint else None
+        self.ledger = Ledger(monitor, keeper=keeper, name=key.name)
+        self.ledger.carry = Carry().losing_up_to(spent_j)
+        self._spent_j = spent_j
         self.started_at = dt.datetime.now(dt.UTC)
         self._origin_s = time.monotonic()
         self.epochs: list[EpochRecord] = []
+        self.points: list[dict[str, Any]] = []
         self.epoch = 0
         self.record: TrialRecord | None = None
+        self.evaluation: Evaluation | None = None
         self._measured: dict[str, Any] = {}
 
     @property
@@ -64,8 +102,9 @@ class Trial:
             return self.fail(error)
 
     def begin(self) -> EpochRecord:
-        """Load data, build and compile the model, and evaluate it before training (epoch 0)."""
+        """Load data, build and compile the model, and evaluate it before training (epoch 0), or continue."""
         self.ledger.open()
+        passing("trial.begin", self.key.name)
         with self.ledger.window(SETUP):
             device = self.monitor.devices[0] if self.monitor.devices else None
             self.hardware = Hardware.of(
@@ -81,34 +120,67 @@ class Trial:
             train = self.corpus.splits["train"].first(self.config.max_train_tokens)
             self.trainer = Trainer(self.model, self.config, self.hardware, train)
             self.trainer.warm_up()
-        return self._evaluated(None)
+        checkpoint = self._checkpoint()
+        return self._evaluated(None) if checkpoint is None else self._continue(checkpoint)
 
     def run_epoch(self) -> EpochRecord:
         """Train one epoch inside its window, then evaluate."""
         self.epoch += 1
+        if self.config.anytime:
+            return self._run_to_point(self.epoch)
         with self.ledger.window(TRAIN):
             sums = self.trainer.run_epoch(self.epoch)
-        return self._evaluated(sums)
+        record = self._evaluated(sums)
+        self._save()
+        return record
 
-    def _evaluated(self, sums: EpochSums | None) -> EpochRecord:
+    def _run_to_point(self, count: int) -> EpochRecord:
+        """The stable trunk up to where a run of `count` epochs begins to decay, then that decay on a branch."""
+        total_steps = count * self.trainer.per_epoch
+        with self.ledger.window(TRAIN):
+            self.trainer.run_to(decay_start(self.config, total_steps), sys.maxsize)
+        if self.done:
+            with self.ledger.window(TRAIN):
+                sums = self.trainer.run_to(total_steps, total_steps)
+            record = self._evaluated(sums)
+        else:
+            with self.trainer.branch():
+                with self.ledger.window(BRANCH):
+                    sums = self.trainer.run_to(total_steps, total_steps)
+                record = self._evaluated(sums, branch=self.ledger.of(BRANCH)[-1])
+                self.points.append(self._point_values(record, self.ledger.of(BRANCH)[-1]))
+        self._save()
+        return record
+
+    def _evaluated(self, sums: EpochSums | None, *, branch: Measurement | None = None) -> EpochRecord:
         with self.ledger.window(EVAL):
             self.evaluation = evaluate(self.model, self.validation, self.config, self.hardware)
-        record = self._epoch_record(sums, self.evaluation)
+        record = self._epoch_record(sums, self.evaluation, branch)
         self.epochs.append(record)
+        self.store.write(EpochRecord, self.epochs, **dataclasses.asdict(self.key))
         return record
 
     def finish(self) -> TrialRecord:
         """Measure prefill and decode, close the span, write all tables."""
+        if self.evaluation is None:
+            with self.ledger.window(EVAL):
+                self.evaluation = evaluate(self.model, self.validation, self.config, self.hardware)
         self._measure_phases()
         columns = self._outcome_columns()
+        if self.checkpoints is not None:
+            self.checkpoints.save_final(self.model)
         self.ledger.close()
-        return self._write("COMPLETED", columns)
+        record = self._write("COMPLETED", columns)
+        if self.checkpoints is not None:
+            self.checkpoints.prune()
+        passing("trial.end", self.key.name)
+        return record
 
     def stop(self) -> TrialRecord:
         """End early at a scheduler's word: what was measured so far is kept, the row is censored."""
-        columns = self._outcome_columns() if self.epochs else {}
+        columns = self._outcome_columns() if self.evaluation is not None else {}
         self.ledger.close()
-        return self._write("STOPPED", columns)
+        return self._write("STOPPED", columns | {"ended_by": "scheduler"})
 
     def fail(self, error: BaseException) -> TrialRecord:
         """Close what is open and write a FAILED row with its reason."""
@@ -120,6 +192,38 @@ class Trial:
         self.model = self.trainer = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    # --- checkpoints -------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        values = {
+            "carry": dataclasses.asdict(self.ledger.so_far()),
+            "epochs": [dataclasses.asdict(record) for record in self.epochs],
+            "points": self.points,
+            "corpus": self.corpus.fingerprint,
+        }
+        self.checkpoints.save(self.epoch, self.model, self.trainer.state_dict(), values)
+
+    def _checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint of this trial on this text."""
+        found = self.checkpoints.load(self.hardware.device) if self.checkpoints is not None else None
+        return found if found is not None and found.values["corpus"] == self.corpus.fingerprint else None
+
+    def _continue(self, checkpoint: Checkpoint) -> EpochRecord:
+        """Go on where the checkpoint was taken: what was spent since then is lost."""
+        if self.config.is_priced:  # the audit compares with the routers before training
+            with self.ledger.window(EVAL):
+                self._routing_at_start = evaluate(self.model, self.validation, self.config, self.hardware).routing
+        restore(self.model, checkpoint)
+        self.trainer.load_state_dict(checkpoint.tensors)
+        self.ledger.carry = Carry.from_document(checkpoint.values["carry"]).losing_up_to(self._spent_j)
+        self.epochs = continued(checkpoint.values["epochs"], self.key)
+        self.points = checkpoint.values["points"]
+        self.epoch = int(checkpoint.values["epoch"])
+        self.store.write(EpochRecord, self.epochs, **dataclasses.asdict(self.key))
+        return self.epochs[-1]
 
     # --- phases ------------------------------------------------------------------------------------
 
@@ -165,22 +269,24 @@ class Trial:
             **host_columns(),
             **device_columns(self.monitor, getattr(self, "hardware", None)),
             **energy,
-            **outcome,
+            **({"ended_by": "itself"} | outcome),
         )
         where = dataclasses.asdict(self.key)
-        if self.epochs:
-            self.store.write(EpochRecord, self.epochs, **where)
-        power = self._power_records()
+        power = power_records(self.key, self.monitor.system.history, self._origin_s)
         if power:
             self.store.write(PowerRecord, power, **where)
+        points = [point_of(record, **values) for values in self.points]
         if state == "COMPLETED":
-            self.store.write(PointRecord, [self._point(record)], **where)
+            points.append(point_of(record))
+        if points:
+            self.store.write(PointRecord, points, **where)
         self.store.write(TrialRecord, [record], **where)  # last: a trial's row says that the others are whole
         self.record = record
         return record
 
     def _outcome_columns(self) -> dict[str, Any]:
         last, evaluation = self.epochs[-1], self.evaluation
+        assert evaluation is not None
         columns: dict[str, Any] = {
             "eval_loss_nats": evaluation.loss_nats,
             "eval_perplexity": perplexity(evaluation.loss_nats),
@@ -207,10 +313,12 @@ class Trial:
         step_j = modelled_step_j(self.config, self.model, self.hardware, width)
         return None if step_j is None else step_j * self.trainer.step
 
-    def _epoch_record(self, sums: EpochSums | None, evaluation: Evaluation) -> EpochRecord:
-        before = self.epochs[-1].tokens_trained if self.epochs else 0
-        train = self.ledger.of(TRAIN)[-1] if sums is not None else None
+    def _epoch_record(
+        self, sums: EpochSums | None, evaluation: Evaluation, branch: Measurement | None = None
+    ) -> EpochRecord:
+        train = branch or (self.ledger.of(TRAIN)[-1] if sums is not None else None)
         duration = train.duration_s if train is not None else None
+        trained_j = self.ledger.energy_j(TRAIN)
         routing = evaluation.routing
         return EpochRecord(
             **dataclasses.asdict(self.key),
@@ -220,10 +328,10 @@ class Trial:
             eval_loss_nats=evaluation.loss_nats,
             eval_bits_per_byte=evaluation.bits_per_byte,
             learning_rate=sums.learning_rate if sums else None,
-            tokens_trained=before + (sums.tokens if sums else 0),
+            tokens_trained=self.trainer.tokens,
             epoch_energy_j=train.energy_j if train else None,
             epoch_energy_uncertainty_j=train.uncertainty_j if train else None,
-            train_energy_j=self.ledger.energy_j(TRAIN),
+            train_energy_j=trained_j if branch is None else total((trained_j, branch.energy_j)),
             eval_energy_j=self.ledger.of(EVAL)[-1].energy_j,
             energy_source=self.monitor.source,
             duration_s=duration,
@@ -255,21 +363,21 @@ class Trial:
             "layer_price_flip_fraction": audit.flip_L,
         }
 
-    def _point(self, record: TrialRecord) -> PointRecord:
-        """The trial's own end. Earlier boundaries are valid ends only under a schedule that decays there."""
-        names = {field.name for field in dataclasses.fields(PointRecord)}
-        shared = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name in names}
-        return PointRecord(**shared, trial_fingerprint=record.config_fingerprint)
-
-    def _power_records(self) -> list[PowerRecord]:
-        names = {field.name for field in dataclasses.fields(PowerRecord)}
-        rows = []
-        for sample in self.monitor.system.history:
-            time_s = sample.time_s - self._origin_s
-            if time_s >= 0:
-                values = {k: v for k, v in dataclasses.asdict(sample).items() if k in names}
-                rows.append(PowerRecord(**dataclasses.asdict(self.key), **(values | {"time_s": time_s})))
-        return rows
+    def _point_values(self, record: EpochRecord, branch: Measurement) -> dict[str, Any]:
+        """What this trial would have been had it ended here: the trunk so far and the branch's own decay."""
+        shorter = self.config.model_copy(update={"epochs": record.epoch, "anytime": False})
+        trunk = [m.uncertainty_j for m in self.ledger.of(TRAIN)]
+        return {
+            "config_fingerprint": shorter.fingerprint,
+            "epochs": record.epoch,
+            "eval_loss_nats": record.eval_loss_nats,
+            "tokens_trained": record.tokens_trained,
+            "train_energy_j": record.train_energy_j,
+            "train_energy_uncertainty_j": quadrature(
+                (self.ledger.carry.train_uncertainty_j, *trunk, branch.uncertainty_j)
+            ),
+            "branch_energy_j": branch.energy_j,
+        }
 
 
 def run_trial(
@@ -280,16 +388,21 @@ def run_trial(
     attempt: int = 0,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     monitor: EnergyMonitor | None = None,
+    keep: bool = False,
 ) -> TrialRecord:
     """Run one trial without Ray and write its tables under `out`.
 
-    An error becomes a FAILED record with its reason.
+    An error becomes a FAILED record with its reason. `keep` writes checkpoints and the trained model too.
     """
     key = TrialKey(sweep_id=sweep_id, trial_id=config.trial_id, attempt=attempt)
     with monitor or EnergyMonitor.for_assigned_devices() as own:
-        trial = Trial(config, key, Store(out), own)
+        journal = Journal(os.fspath(out), sweep_id) if keep else None
+        trial = Trial(config, key, Store(out), own, journal=journal)
         while isinstance(record := trial.advance(), EpochRecord):
             if on_epoch is not None:
                 on_epoch(record)
         trial.release()
     return record
+
+
+__all__ = ["Trial", "TrialKey", "config_columns", "one_line", "price_columns", "run_trial"]

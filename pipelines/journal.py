@@ -1,0 +1,178 @@
+"""What a sweep must remember beside its tables: its plan, who claimed which attempt, and whose turn it is.
+
+OUT/sweeps/<sweep_id>/plan.json              what was asked for
+OUT/sweeps/<sweep_id>/attempts/<trial>-<n>.json   one claim per attempt: configuration, process, joules before it
+OUT/sweeps/<sweep_id>/beats/<host>-<pid>.jsonl    counters of the devices of one actor (see `heartbeat`)
+OUT/sweeps/<sweep_id>/driver.lock            held by the one driver
+OUT/checkpoints/<sweep_id>/<trial>/          see `checkpoints`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import pyarrow.fs as pafs
+
+from pipelines import parquet
+from pipelines.config import ConfigError
+
+#: A remote lease that was not renewed for so long belongs to a driver that is gone.
+LEASE_S = 30.0
+
+
+class Journal:
+    """The folder of one sweep under OUT, on a disk or an object store."""
+
+    def __init__(self, out: str, sweep_id: str) -> None:
+        self.sweep_id = sweep_id
+        if "://" in out:
+            self.fs, root = parquet.filesystem(out)
+            self.local = out.startswith("file://")
+        else:
+            self.fs, root, self.local = pafs.LocalFileSystem(), os.path.abspath(out), True
+        self.out = root
+        self.root = f"{root}/sweeps/{sweep_id}"
+        self.checkpoints = f"{root}/checkpoints/{sweep_id}"
+
+    # -- documents --------------------------------------------------------------------------------------
+
+    def put(self, name: str, document: Any) -> None:
+        """Write a JSON document whole or not at all."""
+        path = f"{self.root}/{name}"
+        data = json.dumps(document, indent=1).encode()
+        if not self.local:
+            with self.fs.open_output_stream(path) as sink:
+                sink.write(data)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def get(self, name: str) -> Any:
+        """A JSON document; None where there is none."""
+        path = f"{self.root}/{name}"
+        if self.fs.get_file_info(path).type != pafs.FileType.File:
+            return None
+        with self.fs.open_input_stream(path) as source:
+            return json.loads(source.read())
+
+    def names(self, folder: str, suffix: str = ".json") -> list[str]:
+        """Names of the documents in a folder of the journal, sorted."""
+        selector = pafs.FileSelector(f"{self.root}/{folder}", allow_not_found=True)
+        return sorted(e.base_name for e in self.fs.get_file_info(selector) if e.base_name.endswith(suffix))
+
+    def has(self, name: str) -> bool:
+        """Whether a document exists."""
+        return bool(self.fs.get_file_info(f"{self.root}/{name}").type == pafs.FileType.File)
+
+    # -- attempts ---------------------------------------------------------------------------------------
+
+    def claim(self, trial_id: str, document: dict[str, Any]) -> int:
+        """Take the next attempt of a trial; returns its number."""
+        attempt = self.attempts(trial_id)
+        self.put(f"attempts/{trial_id}-{attempt}.json", {**document, "trial_id": trial_id, "attempt": attempt})
+        return attempt
+
+    def attempts(self, trial_id: str) -> int:
+        """How many attempts of a trial were claimed so far."""
+        attempt = 0
+        while self.has(f"attempts/{trial_id}-{attempt}.json"):
+            attempt += 1
+        return attempt
+
+    def claims(self) -> list[dict[str, Any]]:
+        """All claims, by trial and attempt."""
+        found = [self.get(f"attempts/{name}") for name in self.names("attempts")]
+        return sorted((c for c in found if c), key=lambda c: (c["trial_id"], c["attempt"]))
+
+    def beat_path(self, name: str) -> str | None:
+        """File for the heartbeats of an actor; None where storage cannot be appended to."""
+        if not self.local:
+            return None
+        os.makedirs(f"{self.root}/beats", exist_ok=True)
+        return f"{self.root}/beats/{name}.jsonl"
+
+    # -- one driver -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def driving(self) -> Iterator[None]:
+        """Be the one driver of this sweep.
+
+        Raises:
+            ConfigError: another driver is alive.
+        """
+        if self.local and os.name != "nt":
+            with self._locked():
+                yield
+        else:
+            with self._leased():
+                yield
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """A lock that the kernel gives back when its holder dies, however it dies."""
+        import fcntl
+
+        os.makedirs(self.root, exist_ok=True)
+        with open(f"{self.root}/driver.lock", "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise self._refusal(_read(lock)) from None
+            lock.seek(0)
+            lock.truncate()
+            lock.write(json.dumps(_myself()))
+            lock.flush()
+            yield
+
+    @contextlib.contextmanager
+    def _leased(self) -> Iterator[None]:
+        holder = self.get("driver.json")
+        if holder and not holder.get("released") and time.time() - holder["renewed"] < LEASE_S:
+            raise self._refusal(holder)
+        self.renew()
+        try:
+            yield
+        finally:
+            self.put("driver.json", {**_myself(), "renewed": time.time(), "released": True})
+
+    def renew(self) -> None:
+        """Say that this driver is alive (needed on object stores alone)."""
+        if not self.local:
+            self.put("driver.json", {**_myself(), "renewed": time.time()})
+
+    def _refusal(self, holder: Any) -> ConfigError:
+        who = f"process {holder['pid']} on {holder['host']}" if isinstance(holder, dict) else "another process"
+        return ConfigError(f"resume: expected a sweep that nobody drives, got {self.sweep_id}, driven by {who}")
+
+
+def _myself() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid()}
+
+
+def _read(file: TextIO) -> Any:
+    file.seek(0)
+    with contextlib.suppress(ValueError):
+        return json.loads(file.read())
+    return None
+
+
+def process_start(pid: int) -> str | None:
+    """What tells a process from a later one of the same number; None where it is gone (or not on Linux)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
