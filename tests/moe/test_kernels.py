@@ -1,0 +1,136 @@
+"""The Triton paths equal the float64 loop.
+
+On a GPU they run as they are; elsewhere where Triton can be imported under its interpreter:
+`TRITON_INTERPRET=1 pytest tests/moe/test_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from moe import MoEGPT2Config, MoEGPT2LMHeadModel, decoding, fused, generation
+from moe.dispatch import Weights, loop
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs an NVIDIA GPU or TRITON_INTERPRET=1"),
+]
+
+CASES = {
+    "uniform": (20, 2, [64, 64, 64], 0.0),
+    "dropped": (20, 1, [64, 128, 64], 0.3),
+    "an expert without tokens": (4, 1, [64] * 8, 0.0),
+    "all to one": (150, 1, [64], 0.0),
+    "mixed widths": (33, 3, [64, 192, 128], 0.5),
+    "every expert chosen": (9, 3, [64] * 3, 0.0),
+    "nothing kept": (9, 2, [64] * 3, 1.0),
+}
+
+
+def problem(tokens, k, widths, drop, dtype=torch.float32, width=64):
+    torch.manual_seed(0)
+    make = lambda *shape: (torch.randn(*shape, device=DEVICE) * 0.2).to(dtype).requires_grad_()
+    weights = Weights(make(sum(widths), width), make(sum(widths)), make(sum(widths), width), make(len(widths), width))
+    slot_TK = torch.rand(tokens, len(widths), device=DEVICE).argsort(1)[:, :k]
+    slot_TK = torch.where(torch.rand(tokens, k, device=DEVICE) < drop, -1, slot_TK)
+    weight_TK = torch.rand(tokens, k, device=DEVICE, requires_grad=True)
+    return make(tokens, width), slot_TK, weight_TK, weights
+
+
+def loop_in_double(x_TD, slot_TK, weight_TK, weights, widths, dy_TD):
+    wide = [t.detach().double().requires_grad_() for t in (x_TD, weight_TK, *weights[:4])]
+    y_TD = loop(wide[0], slot_TK, wide[1], Weights(*wide[2:]), widths)
+    return [y_TD, *torch.autograd.grad(y_TD, wide, dy_TD.double())]
+
+
+def assert_near(got, want, limit):
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).norm() <= limit * b.norm().clamp_min(1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_fused_equals_loop(case, dtype):
+    tokens, k, widths, drop = CASES[case]
+    x_TD, slot_TK, weight_TK, weights = problem(tokens, k, widths, drop, dtype)
+    dy_TD = torch.randn_like(x_TD)
+    inputs = [x_TD, weight_TK, *weights[:4]]
+    y_TD = fused.fused_experts(x_TD, slot_TK, weight_TK, *weights[:4], widths)[0]
+    got = [y_TD, *torch.autograd.grad(y_TD, inputs, dy_TD)]
+    want = loop_in_double(x_TD, slot_TK, weight_TK, weights, widths, dy_TD)
+    limit = 1.5e-2 if dtype == torch.bfloat16 else 2e-5
+    assert_near(got, want, limit)
+    with torch.no_grad():
+        assert_near([fused.fused(x_TD, slot_TK, weight_TK, weights, widths)], want[:1], limit)
+
+
+def test_no_token():
+    x_TD, slot_TK, weight_TK, weights = problem(0, 2, [64] * 3, 0.0)
+    assert fused.fused(x_TD, slot_TK, weight_TK, weights, [64] * 3).shape == (0, 64)
+
+
+def test_same_input_same_bits():
+    widths = [64, 128]
+    x_TD, slot_TK, weight_TK, weights = problem(40, 2, widths, 0.2)
+    runs = []
+    for _ in range(2):
+        y_TD = fused.fused_experts(x_TD, slot_TK, weight_TK, *weights[:4], widths)[0]
+        runs.append([y_TD, *torch.autograd.grad(y_TD, [x_TD, weight_TK, *weights[:4]], torch.ones_like(y_TD))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+DECODING = {
+    "topk": {"expert_widths": [64, 64, 128]},
+    "energy and a null expert": {"router": "energy", "energy_lambda": 0.5, "expert_widths": [64, 0, 128]},
+    "K = 1": {"num_experts_per_tok": 1, "expert_widths": [64, 64]},
+    "three of five by probability": {"num_experts_per_tok": 3, "expert_widths": [64] * 5, "mixing": "probability"},
+    "a router without kernel": {"router": "hash", "expert_widths": [64] * 3},
+    "a dense block and a shared expert": {"moe_layers": [1], "shared_expert_width": 32, "expert_widths": [64] * 3},
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_decode_step_equals_transformers_loop(name, monkeypatch):
+    torch.manual_seed(0)
+    config = MoEGPT2Config(
+        n_layer=2, n_embd=64, n_head=2, vocab_size=200, n_positions=64, eos_token_id=None, bos_token_id=None,
+        initializer_range=0.3, **DECODING[name],
+    )  # fmt: skip
+    model = MoEGPT2LMHeadModel(config).to(DEVICE).eval()
+    ids_BS = torch.randint(200, (3, 5), device=DEVICE)
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[0, :2] = mask_BS[2, :1] = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_serves", lambda *_: False)
+        want = model.generate(ids_BS, attention_mask=mask_BS, max_new_tokens=6, do_sample=False, pad_token_id=7)
+    with torch.no_grad():
+        position_BS = (mask_BS.cumsum(1) - 1).clamp_min(0)
+        output = model(ids_BS, attention_mask=mask_BS, position_ids=position_BS, use_cache=True)
+        decoder = decoding.Decoder(model, 3, 64, (), graph=DEVICE == "cuda")
+        decoder.prepare(False)
+        decoder.start(output.past_key_values, ids_BS, mask_BS, 7)
+        decoder.append(output.logits[:, -1].argmax(-1))
+        assert torch.equal(generation._run(decoder, None, 6, 11), want)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"min_new_tokens": 5}], ids=str)
+def test_generate_uses_the_graph_and_agrees(options, monkeypatch):
+    torch.manual_seed(0)
+    config = MoEGPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=200, n_positions=64, expert_widths=[64] * 4)
+    model = MoEGPT2LMHeadModel(config).to("cuda", torch.bfloat16).eval()
+    ids_BS = torch.randint(200, (4, 6), device="cuda")
+    common = {"attention_mask": torch.ones_like(ids_BS), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    graphed = model.generate(ids_BS, **common, **options)
+    assert model in generation._decoders
+    monkeypatch.setattr(generation, "_serves", lambda *_: False)
+    plain = model.generate(ids_BS, **common, **options)
+    assert graphed.shape == plain.shape
+    assert (graphed == plain).float().mean() > 0.9  # bfloat16: ties may fall either way
