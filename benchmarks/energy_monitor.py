@@ -2,8 +2,8 @@
 
     python benchmarks/energy_monitor.py --out DIR [--parts fields,raw,bursts,zeus,slowdown,python,compiled]
 
-Prints one line per bar at the end and writes `results.json` (and `raw.npz`, the driver's raw readings under a known load)
-to DIR. zeus runs in a process of its own: `--zeus-python` and `--zeus-path` name an interpreter and an import path with
+Prints one line per bar at the end and writes `results.json` (and `raw.npz`, the driver's raw readings under a known
+load) to DIR. zeus runs in a process of its own: `--zeus-python` and `--zeus-path` name an interpreter and an import path with
 zeus 0.16.
 """
 
@@ -30,7 +30,7 @@ PERIOD_S = 0.25  # the monitor's default
 sys.path.insert(0, str(HERE.parent.parent))
 
 
-# -- load ---------------------------------------------------------------------------------------------------------------
+# -- load ------------------------------------------------------------------------------------------------------
 
 
 class Gemm:
@@ -435,7 +435,7 @@ def part_bursts(out: Path, results: dict[str, Any]) -> None:
         }
 
 
-# -- cost -----------------------------------------------------------------------------------------------------------------
+# -- cost ------------------------------------------------------------------------------------------------------
 
 
 def steps(batch: int, seq_len: int, compiled: bool) -> Callable[[], None]:

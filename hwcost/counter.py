@@ -16,7 +16,9 @@ from collections.abc import Callable
 from hwcost.readers import Clock
 
 ACQUIRE_S = 1.5  # how long to look for the counter's first steps
-FROZEN_S = 3.0  # a counter that does not move for so long is not believed
+FROZEN_S = 3.0  # a counter that does not move for so long ...
+FROZEN_MISSES = 3  # ... and was waited for so often is not believed
+INTERRUPTED_S = 0.05
 RETRY_S = 0.1  # pause after a read that failed
 FAST_S = 1e-3  # reads cheaper than this are spaced by this
 
@@ -49,6 +51,7 @@ class CounterFollower:
         self._raw_j: float | None = None
         self._step_s = self._moved_s = clock.monotonic()
         self._margin_s = 0.01
+        self._misses = 0
 
     def lose_phase(self) -> None:
         """After a pause of unknown length, look for the steps anew."""
@@ -62,11 +65,16 @@ class CounterFollower:
             self._acquire()
 
     def _timed(self) -> tuple[float, float, float] | None:
-        """The counter, the middle of the read, and what it cost."""
-        before = self._clock.monotonic()
-        raw = self._read()
-        after = self._clock.monotonic()
-        return None if raw is None else (raw, (before + after) / 2, after - before)
+        """The counter, the middle of the read, and what it cost. A read that was interrupted says nothing of its time."""
+        for _ in range(3):
+            before = self._clock.monotonic()
+            raw = self._read()
+            after = self._clock.monotonic()
+            if raw is None:
+                return None
+            if after - before <= max(5 * self.cost_s, INTERRUPTED_S):
+                break
+        return raw, (before + after) / 2, after - before
 
     def _acquire(self) -> None:
         """Learn period and cost: read without a pause until the counter moved three times."""
@@ -141,8 +149,10 @@ class CounterFollower:
         self._found(when, raw, min(self._margin_s, period / 4))
 
     def _found(self, when: float, raw: float, sigma_s: float) -> None:
-        self._raw_j, self._step_s, self._moved_s, self.frozen = raw, when, when, False
+        self._raw_j, self._step_s, self._moved_s, self.frozen, self._misses = raw, when, when, False, 0
         self._on_step(when, raw, sigma_s)
 
     def _check_frozen(self, now: float) -> None:
-        self.frozen = self.frozen or now - self._moved_s > FROZEN_S
+        """Waited in vain: once may be a process that stood still, again and again is the counter."""
+        self._misses += 1
+        self.frozen = self.frozen or (now - self._moved_s > FROZEN_S and self._misses >= FROZEN_MISSES)
