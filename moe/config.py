@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GPT2Config
 
 ACTIVATIONS = ("gelu", "swiglu")
+GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three names of the tanh form, which experts compute
 MIXINGS = ("normalized", "probability")
 
 
@@ -92,6 +93,7 @@ class MoEGPT2Config(GPT2Config):
         unknown = sorted(set(regularizers) - set(REGULARIZERS))
         in_range = layers is None or all(0 <= i < self.n_layer for i in layers)
         unique = layers is None or list(layers) == sorted(set(layers))
+        tanh_gelu = self.activation_function in GELUS or self.expert_activation != "gelu"
         return [
             ("expert_widths", "a list of integers ≥ 0", bool(widths) and all(_is_int(w) and w >= 0 for w in widths)),
             (
@@ -121,6 +123,7 @@ class MoEGPT2Config(GPT2Config):
             ("bias_balance_rate", "a finite number ≥ 0", 0 <= self.bias_balance_rate < float("inf")),
             ("mixing", f"one of {', '.join(MIXINGS)}", self.mixing in MIXINGS),
             ("expert_activation", f"one of {', '.join(ACTIVATIONS)}", self.expert_activation in ACTIVATIONS),
+            ("activation_function", f"one of {', '.join(GELUS)} for gelu experts", tanh_gelu),
             (
                 "shared_expert_width",
                 "an integer ≥ 0",

@@ -151,7 +151,8 @@ def narrow_or_widen(ffn: FFN, width: int) -> FFN:
     """The rule for an expert of any width; see the module's docstring."""
     if width >= ffn.width:
         index_F = torch.arange(width, device=ffn.up_DH.device) % ffn.width
-        return ffn.neurons(index_F, 1.0 / index_F.bincount()[index_F])
+        occurs_H = index_F.bincount().to(ffn.down_HD.dtype)
+        return ffn.neurons(index_F, 1.0 / occurs_H[index_F])
     order_H = ffn.by_importance()
     kept_F, omitted = order_H[:width].sort().values, order_H[width:]
     mean_D = ffn.mean_H[omitted] @ ffn.down_HD[omitted]
