@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from moe import decode_kernels as kernels
-from moe import fused
+from moe import expert_decode, fused
 from moe.experts import Experts
 from moe.routers import CapacityRouter, EnergyRouter, Router, TopKRouter
 from moe.routing import Tokens
 
-MAX_BATCH = fused.MAX_DECODE_TOKENS
+MAX_BATCH = expert_decode.MAX_TOKENS
 COLUMNS = 32  # of a projection, per program
 BLOCK_K = 64
 HEAD_ENTRIES = 64
@@ -185,7 +185,9 @@ class Decoder:
             self._norm(block.ln_2)
         if fused_router and block.mlp.shared is None and fused.shapes_fit(self.x_TD, experts.gated, experts.widths):
             weights = (experts.up_PD, experts.up_bias_P, experts.down_PD, experts.down_bias_ND)
-            fused.decode_into(self.x_TD, self.normed_TD, (self.slot_TK, self.weight_TK), weights, experts.widths)
+            expert_decode.decode_into(
+                self.x_TD, self.normed_TD, (self.slot_TK, self.weight_TK), weights, experts.widths
+            )
         else:
             tokens = Tokens(batch_size=self.batch, position_T=self.position_T, id_T=self.token_T)
             self.x_TD += block.mlp(self.normed_TD[:, None], tokens)[0][:, 0]

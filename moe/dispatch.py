@@ -68,14 +68,20 @@ def grouped(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, weights: Weights, 
         members = [n for n, w in enumerate(widths) if w == width]
         index = torch.cat([torch.arange(slices[n].start, slices[n].stop, device=x_TD.device) for n in members])
         whole = len(members) == len(widths)
-        pick = [w if whole or w is None else w[index] for w in (weights.up_PD, weights.up_bias_P, weights.down_PD)]
-        gates = [w if whole or w is None else w[index] for w in (weights.gate_PD, weights.gate_bias_P)]
-        part = Weights(*pick, weights.down_bias_ND[members], *gates)  # type: ignore[arg-type]
+        rows = weights if whole else _select(weights, index)
+        part = rows._replace(down_bias_ND=weights.down_bias_ND[members])
         local_TK = torch.full_like(slot_TK, len(members))
         for position, n in enumerate(members):
             local_TK = torch.where(slot_TK == n, position, local_TK)
         y_TD = y_TD + _grouped_uniform(x_TD, local_TK, weight_TK, part, (len(members), width))
     return y_TD.to(x_TD.dtype)
+
+
+def _select(weights: Weights, index: Tensor) -> Weights:
+    """Some of the neurons."""
+    gate_PD, gate_bias_P = (None if w is None else w[index] for w in (weights.gate_PD, weights.gate_bias_P))
+    up_PD, up_bias_P, down_PD = (w[index] for w in (weights.up_PD, weights.up_bias_P, weights.down_PD))
+    return Weights(up_PD, up_bias_P, down_PD, weights.down_bias_ND, gate_PD, gate_bias_P)
 
 
 def _grouped_uniform(

@@ -16,13 +16,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe import decode_kernels, kernels
+from moe import kernels
 from moe.dispatch import Weights, loop
+from moe.expert_decode import MAX_TOKENS, decode_experts, precision
+from moe.kernels import TILE
 
-TILE = kernels.TILE
 CHOICES_PER_BLOCK = 1024
 GROUP_ROWS = 32
-MAX_DECODE_TOKENS = 64
 
 
 class Tiles(NamedTuple):
@@ -44,9 +44,6 @@ TILES: dict[str, Tiles] = {
 }
 # Half the reduction per step keeps four-byte operands within shared memory.
 TILES_FP32 = {name: Tiles(64, 64, 32, 4, 2) for name in TILES}
-DECODE_NEURONS = 32
-DECODE_COLUMNS = 64
-DECODE_SPLIT = 1024
 
 
 def shapes_fit(x_TD: Tensor, gated: bool, widths: Sequence[int]) -> bool:
@@ -65,33 +62,9 @@ def _offsets(widths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(widths)], dtype=torch.int32, device=device)
 
 
-@functools.lru_cache(maxsize=64)
-def _expert_of_block(widths: tuple[int, ...], per_block: int, device: torch.device) -> Tensor:
-    blocks = [n for n, width in enumerate(widths) for _ in range(width // per_block)]
-    return torch.tensor(blocks, dtype=torch.int32, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def _splits(widths: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of at most ``size`` neurons, each of one expert: first neuron, end, expert."""
-    ends = list(accumulate(widths))
-    runs = [
-        (first, min(first + size, end), n)
-        for n, (end, width) in enumerate(zip(ends, widths, strict=True))
-        for first in range(end - width, end, size)
-    ]
-    first, last, expert = (torch.tensor(column, dtype=torch.int32, device=device) for column in zip(*runs, strict=True))
-    return first, last, expert
-
-
 def _capacity(choices: int, experts: int) -> int:
     """Tiles that suffice for any distribution of the choices over the experts."""
     return triton.cdiv(choices, TILE) + experts
-
-
-def _precision(dtype: torch.dtype) -> str:
-    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return "ieee" if exact else "tf32"
 
 
 def _tiles(name: str, dtype: torch.dtype) -> Tiles:
@@ -185,7 +158,7 @@ def to_neurons(
         BN=t.n,
         BK=t.k,
         GROUP=t.group,
-        PRECISION=_precision(rows_RD.dtype),
+        PRECISION=precision(rows_RD.dtype),
         num_warps=t.warps,
         num_stages=t.stages,
     )
@@ -216,7 +189,7 @@ def to_rows(
         BN=t.n,
         BK=t.k,
         GROUP=t.group,
-        PRECISION=_precision(hidden_RW.dtype),
+        PRECISION=precision(hidden_RW.dtype),
         num_warps=t.warps,
         num_stages=t.stages,
     )
@@ -241,7 +214,7 @@ def weight_gradient(hidden_RW: Tensor, rows_RD: Tensor, plan: Schedule, widths: 
         BN=t.n,
         BK=t.k,
         GROUP=t.group,
-        PRECISION=_precision(rows_RD.dtype),
+        PRECISION=precision(rows_RD.dtype),
         num_warps=t.warps,
         num_stages=t.stages,
     )
@@ -341,68 +314,11 @@ def _backward(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 fused_experts.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("joulemoe::decode_experts", mutates_args=())
-def decode_experts(
-    x_TD: Tensor,
-    slot_TK: Tensor,
-    weight_TK: Tensor,
-    up_PD: Tensor,
-    up_bias_P: Tensor,
-    down_PD: Tensor,
-    down_bias_ND: Tensor,
-    widths: Sequence[int],
-) -> Tensor:
-    """Few tokens: a product with all neurons of the open experts, whose weights are read once. No sort, no backward."""
-    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    routed = (slot_TK.contiguous(), weight_TK.contiguous())
-    decode_into(y_TD, x_TD.contiguous(), routed, (up_PD, up_bias_P, down_PD, down_bias_ND), widths, residual=False)
-    return y_TD
-
-
-def decode_into(
-    y_TD: Tensor,
-    x_TD: Tensor,
-    routed: tuple[Tensor, Tensor],
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    widths: Sequence[int],
-    *,
-    residual: bool = True,
-) -> None:
-    """Write the experts' sum into ``y_TD``, or add it (residual). ``routed``: slots and mixing weights [T, K]."""
-    slot_TK, weight_TK = routed
-    up_PD, up_bias_P, down_PD, down_bias_ND = weights
-    (T, D), P, K = x_TD.shape, up_PD.shape[0], slot_TK.shape[1]
-    blocks = _expert_of_block(tuple(widths), DECODE_NEURONS, x_TD.device)
-    hidden_TP = x_TD.new_empty(T, P)
-    precision, tokens = _precision(x_TD.dtype), max(16, triton.next_power_of_2(T))
-    decode_kernels.decode_up[(P // DECODE_NEURONS,)](
-        x_TD, slot_TK, weight_TK, up_PD, up_bias_P, hidden_TP, blocks, T, D, P,
-        K=K, BT=tokens, BP=DECODE_NEURONS, BK=64, PRECISION=precision, num_warps=4, num_stages=4,
-    )  # fmt: skip
-    first_S, last_S, expert_S = _splits(tuple(widths), DECODE_SPLIT, x_TD.device)
-    splits = expert_S.numel()
-    partial_STD = x_TD.new_empty(splits, T, D, dtype=torch.float32)
-    decode_kernels.decode_down[(triton.cdiv(D, DECODE_COLUMNS), splits)](
-        hidden_TP, slot_TK, down_PD, partial_STD, first_S, last_S, expert_S, T, D, P, T * K,
-        BT=tokens, BC=triton.next_power_of_2(T * K), BN=DECODE_COLUMNS, BK=64,
-        PRECISION=precision, num_warps=4, num_stages=4,
-    )  # fmt: skip
-    decode_kernels.decode_sum[(T, triton.cdiv(D, 256))](
-        partial_STD, slot_TK, weight_TK, down_bias_ND, y_TD, T, D,
-        K=K, SPLITS=splits, RESIDUAL=residual, BN=256, num_warps=2,
-    )  # fmt: skip
-
-
-@decode_experts.register_fake
-def _(x_TD: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-
-
 def fused(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, weights: Weights, widths: Sequence[int]) -> Tensor:
     """The experts in Triton: training and prefill, or decode where gradients are off and tokens are few."""
     arguments = (x_TD, slot_TK, weight_TK, *weights[:4], list(widths))
     if x_TD.shape[0] == 0:
         return loop(x_TD, slot_TK, weight_TK, weights, widths)
-    if x_TD.shape[0] <= MAX_DECODE_TOKENS and not torch.is_grad_enabled():
+    if x_TD.shape[0] <= MAX_TOKENS and not torch.is_grad_enabled():
         return decode_experts(*arguments)
     return fused_experts(*arguments)[0]

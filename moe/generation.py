@@ -41,12 +41,10 @@ class GraphedGeneration(GenerationMixin):
     ) -> Any:
         plain = not synced_gpus and streamer is None
         if not (plain and _serves(self, input_ids, stopping_criteria, generation_config, model_kwargs)):
-            return super()._sample(  # type: ignore[misc]
+            return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        outputs = self._prefill(  # type: ignore[attr-defined]
-            input_ids, generation_config, model_kwargs, is_first_iteration=True
-        )
+        outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         stop = _stop_tokens(stopping_criteria)
         decoder = _decoder(self, input_ids.shape[0], stopping_criteria.max_length, stop)
         sampled = bool(generation_config.do_sample) or len(logits_processor) > 0
@@ -99,7 +97,8 @@ def _serves(model: Any, ids_BS: Tensor, stopping: Any, options: Any, kwargs: dic
     """Whether the graph gives what was asked for."""
     if decoding is None or not ids_BS.is_cuda or model.training or torch.compiler.is_compiling():
         return False
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache: Any = kwargs.get("past_key_values")
+    mask = kwargs.get("attention_mask")
     asked = (
         options.return_dict_in_generate,
         getattr(options, "is_assistant", False),
