@@ -12,10 +12,12 @@ import os
 from collections.abc import Mapping, Sequence
 
 from hwcost.fit import fit_profile
-from hwcost.ops import COMPUTE, COUNTERS, MEMORY, OPS, STEP_PHASES, Call, Counts, ModelShape
+from hwcost.ops import COMPUTE, COUNTERS, MEMORY, OPS, STEP_PHASES, Call, Counts, ModelShape, counts_of
 from hwcost.points import Calibration
 from hwcost.prices import ExpertPrices, expert_prices
 from hwcost.profiles import Profile, load_profile, select_profile
+
+_CAUSES = (COMPUTE, MEMORY, ("launches",))
 
 
 class CalibrationRangeError(ValueError):
@@ -156,7 +158,7 @@ class CostModel:
             current_temp=current_temp, memory_pressure=memory_pressure, duration_s=duration_s, extrapolate=extrapolate
         )
         call = _call(op_type, batch_size, seq_len, phase)
-        terms = self.breakdown_of(OPS[op_type](shape, call), conditions, self._flags(shape, call, extrapolate))
+        terms = self.breakdown_of(counts_of(op_type, shape, call), conditions, self._flags(shape, call, extrapolate))
         per_token = terms.energy_j / call.tokens
         return Cost(
             energy_j=terms.energy_j,
@@ -190,12 +192,13 @@ class CostModel:
         retry_s = self._retry_s(conditions.memory_pressure)
         temperature = profile.reference_c if conditions.current_temp is None else conditions.current_temp
         leak_w = profile.leak_w_per_c * max(0.0, temperature - profile.leak_from_c)
-        dynamic_j = _weighted(counts, profile.energy, COUNTERS)
-        duration_s = conditions.duration_s or self._duration_s(counts, dynamic_j, leak_w)
+        duration_s = conditions.duration_s or self._duration_s(counts, leak_w)
+        compute_j, memory_j, launch_j = (_weighted(counts, profile.energy, names) for names in _CAUSES)
+        share = self._capped_share(compute_j + memory_j + launch_j, duration_s, leak_w)
         return CostBreakdown(
-            compute_j=_weighted(counts, profile.energy, COMPUTE),
-            memory_j=_weighted(counts, profile.energy, MEMORY),
-            launch_j=_weighted(counts, profile.energy, ("launches",)),
+            compute_j=share * compute_j,
+            memory_j=share * memory_j,
+            launch_j=share * launch_j,
             static_j=self.static_w * (duration_s + retry_s),
             thermal_j=leak_w * (duration_s + retry_s),
             duration_s=duration_s + retry_s,
@@ -267,12 +270,25 @@ class CostModel:
         )
         return cost.power_w
 
-    def _duration_s(self, counts: Counts, dynamic_j: float, leak_w: float) -> float:
-        """Predicted seconds: the sum of the counts, or what the power limit makes of the joules."""
-        free_s = _weighted(counts, self.profile.seconds, COUNTERS)
-        limit_w = self.profile.power_limit_w
-        head_w = limit_w - self.static_w - leak_w if limit_w is not None else 0.0
-        return max(free_s, dynamic_j / head_w) if head_w > 0 else free_s
+    def _duration_s(self, counts: Counts, leak_w: float) -> float:
+        """Predicted seconds: device time, at least what the host needs to launch and what the power limit allows."""
+        profile = self.profile
+        device_s = _weighted(counts, profile.seconds, COUNTERS)
+        host_s = profile.host_s_per_launch * counts.host_launches
+        head_w = self._head_w(leak_w) if profile.cap_w is None else None
+        limit_s = _weighted(counts, profile.energy, COUNTERS) / head_w if head_w is not None else 0.0
+        return max(device_s, host_s, limit_s)
+
+    def _capped_share(self, dynamic_j: float, duration_s: float, leak_w: float) -> float:
+        """Share of the dynamic joules that the power cap leaves: at lower clocks the same work takes fewer joules."""
+        head_w = self._head_w(leak_w)
+        return 1.0 if head_w is None or dynamic_j <= head_w * duration_s else head_w * duration_s / dynamic_j
+
+    def _head_w(self, leak_w: float) -> float | None:
+        """Watts between what is always drawn and the cap; None where no cap is known or nothing is left under it."""
+        cap_w = self.profile.cap_w or self.profile.power_limit_w
+        head_w = None if cap_w is None else cap_w - self.static_w - leak_w
+        return head_w if head_w is not None and head_w > 0 else None
 
     def _retry_s(self, memory_pressure: float | None) -> float:
         pressure = self.profile.pressure

@@ -1,7 +1,8 @@
 """From calibration points to a profile: non-negative least squares on relative errors, with intervals.
 
 Energy: E/calls = (P_idle + P_context + P_active)·t + leak·(T − T_0)·t + Σ ε·counts, t measured. P_idle and P_context
-come from the two idle windows; the rest is fitted. Time: t = Σ s·counts. Each row is divided by what was
+come from the two idle windows; the rest is fitted. A point that the power limit held down is only a lower bound.
+Time: t = max(Σ s·counts, host seconds · launches). Each row is divided by what was
 measured, so that a millijoule of a decode step weighs as much as its share, and every coefficient is ≥ 0.
 """
 
@@ -24,7 +25,12 @@ _KERNEL_WEIGHT = 0.3  # kernels tell the coefficients apart; whole steps are wha
 _BOOTSTRAPS = 200
 _SLOWDOWN_C = 89.0
 
+_NEAR_LIMIT, _AT_CAP = 0.95, 0.99  # of the limit, of the typical mean power at it
+_HOST_BOUND = 1.05
+_ROUNDS = 20
+
 Kept = Callable[[Point], bool]
+_Found = tuple[dict[str, float], dict[str, tuple[float, float]]]
 
 
 def fit_profile(
@@ -42,9 +48,10 @@ def fit_profile(
     if len(busy) < 4:
         raise ValueError(f"calibration points: expected at least 4 that are not held out, got {len(busy)}")
     idle_w, context_w = _idle(points)
-    energy, energy_intervals = _fit_energy(busy, idle_w + context_w, bootstraps)
-    seconds, seconds_intervals = _fit_seconds(busy, bootstraps)
     device = calibration.device
+    cap_w = _cap_w(busy, device.get("power_limit_w"))
+    energy, energy_intervals = _fit_energy(busy, idle_w + context_w, cap_w, bootstraps)
+    (seconds, seconds_intervals), host_s_per_launch = _fit_seconds(busy, bootstraps)
     return Profile(
         name=name,
         gpu_name=device.get("name"),
@@ -57,6 +64,8 @@ def fit_profile(
         reference_c=_reference_c(busy),
         energy=energy,
         seconds=seconds,
+        host_s_per_launch=host_s_per_launch,
+        cap_w=cap_w,
         thermal=_thermal(calibration),
         pressure=Pressure(retry_s=device.get("retry_s", Pressure().retry_s)),
         intervals=energy_intervals | seconds_intervals,
@@ -83,31 +92,71 @@ def _weights(points: Sequence[Point]) -> np.ndarray:
     return np.array([1.0 if point.kind in _STEPS else _KERNEL_WEIGHT for point in points])
 
 
-def _fit_energy(
-    points: Sequence[Point], static_w: float, bootstraps: int
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+def _cap_w(points: Sequence[Point], limit_w: float | None) -> float | None:
+    """Typical mean power of the points that the power limit held down; None where it held none."""
+    held = [p.power_w for p in points if p.throttled and limit_w is not None and p.power_w > _NEAR_LIMIT * limit_w]
+    return float(np.median(held)) if held else None
+
+
+def _fit_energy(points: Sequence[Point], static_w: float, cap_w: float | None, bootstraps: int) -> _Found:
+    """Coefficients from the points whose joules say something: one at the power cap only says "at least this much"."""
     names = ["active_w", "leak_w_per_c", *COUNTERS]
     seconds = np.array([point.seconds_per_call for point in points])
     joules = np.array([point.energy_per_call_j for point in points])
     warm = np.array([max(0.0, (p.mean_temperature_c or LEAK_FROM_C) - LEAK_FROM_C) for p in points])
     rows = np.column_stack([seconds, seconds * warm, np.array([point.counts.vector() for point in points])])
-    weight = _weights(points) / joules
-    return _nnls_with_intervals(
-        rows, joules - static_w * seconds, weight, names, prefix="energy.", bootstraps=bootstraps
-    )
+    target, weight = joules - static_w * seconds, _weights(points) / joules
+    at_cap = np.array([cap_w is not None and bool(p.throttled) and p.power_w > _AT_CAP * cap_w for p in points])
+    used = ~at_cap
+    for _ in range(_ROUNDS):
+        best = _nnls(rows[used] * weight[used, None], target[used] * weight[used])
+        again = ~at_cap | (rows @ best < target)  # a capped point that is modelled too low still teaches
+        if (again == used).all():
+            break
+        used = again
+    return _nnls_with_intervals(rows[used], target[used], weight[used], names, prefix="energy.", bootstraps=bootstraps)
 
 
-def _fit_seconds(points: Sequence[Point], bootstraps: int) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+def _fit_seconds(points: Sequence[Point], bootstraps: int) -> tuple[_Found, float]:
+    """(device seconds per count, host seconds per launch): each point takes the longer of the two."""
+    points = [
+        p for p in points if not (p.kind == "launch" and not p.params["graph"])
+    ]  # the host's time, not the device's
     seconds = np.array([point.seconds_per_call for point in points])
     rows = np.array([point.counts.vector() for point in points])
-    return _nnls_with_intervals(
-        rows, seconds, _weights(points) / seconds, list(COUNTERS), prefix="seconds.", bootstraps=bootstraps
+    launches = np.array([point.counts.host_launches for point in points])
+    weight = _weights(points) / seconds
+    candidates = [0.0, *sorted({float(t / n) for t, n in zip(seconds, launches, strict=True) if n > 0})]
+    tried = [_with_host(rows, seconds, launches, weight, per_launch) for per_launch in candidates]
+    _, per_launch, used = min(tried, key=lambda each: each[0])
+    found = _nnls_with_intervals(
+        rows[used], seconds[used], weight[used], list(COUNTERS), prefix="seconds.", bootstraps=bootstraps
     )
+    return found, per_launch
+
+
+def _with_host(
+    rows: np.ndarray, seconds: np.ndarray, launches: np.ndarray, weight: np.ndarray, per_launch: float
+) -> tuple[float, float, np.ndarray]:
+    """(loss, host seconds per launch, points that the device bounds) of a first guess at the host's pace."""
+    host = per_launch * launches
+    used = (seconds > _HOST_BOUND * host) | (launches == 0)
+    for _ in range(_ROUNDS):
+        best = _nnls(rows[used] * weight[used, None], seconds[used] * weight[used])
+        if (~used).any():
+            per_launch = float(np.average(seconds[~used] / launches[~used]))
+        host = per_launch * launches
+        again = (rows @ best >= host) | (launches == 0)
+        if (again == used).all() or not again.any():
+            break
+        used = again
+    wrong = weight * (np.maximum(rows @ best, host) - seconds)
+    return float(wrong @ wrong), per_launch, used
 
 
 def _nnls_with_intervals(
     rows: np.ndarray, target: np.ndarray, weight: np.ndarray, names: Sequence[str], *, prefix: str, bootstraps: int
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+) -> _Found:
     """Coefficients ≥ 0 and their 95 % intervals from a bootstrap over the points."""
     weighted, aim = rows * weight[:, None], target * weight
     best = _nnls(weighted, aim)

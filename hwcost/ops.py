@@ -25,6 +25,7 @@ COUNTERS = (
     "optimizer_bytes",
     "launches",
 )
+_FIELDS = (*COUNTERS, "host_launches")
 COMPUTE = ("gemm_flops", "grouped_flops", "attention_flops")
 MEMORY = ("activation_bytes", "weight_bytes", "head_bytes", "optimizer_bytes")
 PHASES = ("train", "prefill", "decode")
@@ -37,7 +38,11 @@ _BACKWARD_ATTENTION = 2.5  # FLOPs of FlashAttention's backward over its forward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What is asked of the hardware. Adds, and multiplies by a number."""
+    """What is asked of the hardware. Adds, and multiplies by a number.
+
+    `launches` are kernels that the device starts; `host_launches` those of them that a host thread dispatches one by
+    one (training, prefill), which bounds time from below. Decode steps are replayed as a graph and have none.
+    """
 
     gemm_flops: float = 0.0
     grouped_flops: float = 0.0
@@ -47,12 +52,13 @@ class Counts:
     head_bytes: float = 0.0
     optimizer_bytes: float = 0.0
     launches: float = 0.0
+    host_launches: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in COUNTERS})
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in _FIELDS})
 
     def __mul__(self, factor: float) -> Counts:
-        return Counts(**{name: getattr(self, name) * factor for name in COUNTERS})
+        return Counts(**{name: getattr(self, name) * factor for name in _FIELDS})
 
     __rmul__ = __mul__
 
@@ -306,6 +312,16 @@ def prefill(shape: ModelShape, call: Call) -> Counts:
 def decode_step(shape: ModelShape, call: Call) -> Counts:
     """One token for each of B sequences that have S tokens in the cache."""
     return _model(shape, dataclasses.replace(call, phase="decode"))
+
+
+def counts_of(op_type: str, shape: ModelShape, call: Call) -> Counts:
+    """Counts of a call of one of `OPS`, host launches included.
+
+    Raises:
+        KeyError: an unknown operation.
+    """
+    counts = OPS[op_type](shape, call)
+    return counts if call.phase == "decode" else dataclasses.replace(counts, host_launches=counts.launches)
 
 
 OPS: dict[str, Callable[[ModelShape, Call], Counts]] = {

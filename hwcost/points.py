@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hwcost.ops import OPS, STEP_PHASES, Call, Counts, ModelShape
+from hwcost.ops import STEP_PHASES, Call, Counts, ModelShape, counts_of
 
 POINTS_VERSION = 1
 
@@ -144,7 +144,7 @@ def step_call(params: Mapping[str, Any]) -> Call:
 
 
 def _step(params: Mapping[str, Any], found: Mapping[str, float]) -> Counts:
-    return OPS[params["op"]](step_shape(params, found), step_call(params))
+    return counts_of(params["op"], step_shape(params, found), step_call(params))
 
 
 def _gemm(p: Mapping[str, Any], found: Mapping[str, float]) -> Counts:

@@ -42,7 +42,9 @@ class Profile:
         idle_w, context_w: watts without a CUDA context, and what a context adds.
         active_w: what a busy GPU draws beside, whatever it computes (clocks, fans, leakage at the reference).
         energy: joules per unit of each counter of `hwcost.ops.COUNTERS`.
-        seconds: seconds per unit of each counter.
+        seconds: seconds of device time per unit of each counter.
+        host_s_per_launch: seconds that a host thread takes to dispatch a kernel of a whole step.
+        cap_w: highest mean power seen under load; the board lowers its clocks to stay there. None: not seen.
         leak_w_per_c, leak_from_c: P_leak = leak_w_per_c · max(0, T − leak_from_c).
         reference_c: temperature of the calibration, assumed where none is given.
         intervals: 95 % interval of each coefficient, by name.
@@ -60,6 +62,8 @@ class Profile:
     active_w: float = 0.0
     energy: Mapping[str, float]
     seconds: Mapping[str, float]
+    host_s_per_launch: float = 0.0
+    cap_w: float | None = None
     leak_w_per_c: float = 0.0
     leak_from_c: float = 30.0
     reference_c: float = 55.0
