@@ -3,8 +3,8 @@
     python benchmarks/energy_monitor.py --out DIR [--parts fields,raw,bursts,zeus,slowdown,python,compiled]
 
 Prints one line per bar at the end and writes `results.json` (and `raw.npz`, the driver's raw readings under a known
-load) to DIR. zeus runs in a process of its own: `--zeus-python` and `--zeus-path` name an interpreter and an import path with
-zeus 0.16.
+load) to DIR. zeus runs in a process of its own: `--zeus-python` and `--zeus-path` name an interpreter and an import
+path with zeus 0.16.
 """
 
 from __future__ import annotations

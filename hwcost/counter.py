@@ -65,16 +65,14 @@ class CounterFollower:
             self._acquire()
 
     def _timed(self) -> tuple[float, float, float] | None:
-        """The counter, the middle of the read, and what it cost. A read that was interrupted says nothing of its time."""
+        """The counter, the middle of the read, and what it cost; a read that was interrupted is done again."""
         for _ in range(3):
             before = self._clock.monotonic()
             raw = self._read()
             after = self._clock.monotonic()
-            if raw is None:
-                return None
-            if after - before <= max(5 * self.cost_s, INTERRUPTED_S):
+            if raw is None or after - before <= max(5 * self.cost_s, INTERRUPTED_S):
                 break
-        return raw, (before + after) / 2, after - before
+        return None if raw is None else (raw, (before + after) / 2, after - before)
 
     def _acquire(self) -> None:
         """Learn period and cost: read without a pause until the counter moved three times."""

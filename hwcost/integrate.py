@@ -147,7 +147,7 @@ class CounterCurve:
             return None
         previous, self._raw_j = self._raw_j, raw_j
         if previous is None:
-            self._append(time_s, integral_j, sigma_s, bridged=bool(self.knots))
+            self._append(time_s, integral_j if self.knots else 0.0, sigma_s, bridged=bool(self.knots))
             return None
         flag = self._doubt(raw_j - previous, time_s - self.knots[-1].time_s)
         self._append(time_s, integral_j if flag else raw_j - previous, sigma_s, bridged=flag is not None)
