@@ -283,6 +283,7 @@ def test_others_on_the_gpu(
 
     names = {"me": os.getpid(), "parent": os.getppid()}
     monkeypatch.setattr("hwcost.processes.own_process_uses_cuda", lambda: ours)
+    monkeypatch.setattr("hwcost.monitor.synchronize", lambda: None)
     bench.board(pids=tuple(names.get(pid, pid) for pid in pids))
     result = measured(bench, bench.monitor())
     assert result.shared is shared

@@ -31,6 +31,7 @@ def live(*arguments: str) -> subprocess.Popen[str]:
 
 
 @posix
+@pytest.mark.slow
 def test_stopped_and_continued() -> None:
     child = live("1.0")
     time.sleep(0.3)
