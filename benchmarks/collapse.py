@@ -156,9 +156,7 @@ def run(variant: Variant, dense: GPT2LMHeadModel, texts: tuple[Tensor, Tensor], 
 
 def table(outcomes: list[Outcome]) -> str:
     best = min(o.loss for o in outcomes)
-    lines = [
-        "| run | loss, nat/byte | over the best | effective experts of 8, mean | least layer | busiest expert's share, worst layer | cured |"
-    ]
+    lines = ["| run | loss, nat/byte | over the best | effective experts | least layer | busiest expert | cured |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for o in outcomes:
         cured = o.least_layer >= 0.9 * EXPERTS and o.loss <= 1.02 * best
