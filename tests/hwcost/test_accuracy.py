@@ -130,3 +130,17 @@ def test_history_carries_phase_and_modelled_watts(bench: Bench) -> None:
     assert {s.modelled_power_w for s in inside} == {480.0}
     assert inside[0].sm_utilization == pytest.approx(0.97)
     assert {s.phase for s in monitor.system.history} == {None, "train"}
+
+
+def test_the_uncertainty_covers_the_error(bench: Bench) -> None:
+    board = bench.board(power=bursts)
+    monitor = bench.monitor(settle_s=2.0)
+    rng = np.random.default_rng(5)
+    scores = []
+    for _ in range(40):
+        (window,) = bench.measure(monitor, float(rng.uniform(0.3, 3.0)))
+        true = board.true_energy(window.end_s) - board.true_energy(window.start_s)
+        scores.append((window.measurement.energy_j - true) / (window.measurement.uncertainty_j + 0.1))
+        bench.run(monitor, float(rng.uniform(0.0, 0.5)))
+    assert np.abs(scores).max() < 5.0
+    assert 0.05 < np.sqrt(np.mean(np.square(scores))) < 2.0
