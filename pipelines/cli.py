@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -14,6 +14,9 @@ from rich.console import Console
 from pipelines import cli_analysis
 from pipelines.config import ConfigError, TrialConfig
 from tune_spaces import Space, SpaceError, find_space, load_space
+
+if TYPE_CHECKING:
+    from pipelines.plan import SweepPlan
 
 app = typer.Typer(
     name="joulemoe",
@@ -33,15 +36,33 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: re
 
 @app.command()
 def sweep(
-    space: Annotated[str, typer.Argument(help="Space file, or the name of a shipped space.")],
+    space: Annotated[str | None, typer.Argument(help="Space file, or the name of a shipped space.")] = None,
     out: Out = "results",
+    resume: Annotated[
+        str | None, typer.Option(help="Sweep id: go on with it; --seeds, --samples or a SPACE add trials.")
+    ] = None,
     base: Base = None,
     tokenizer: Tokenizer = None,
     data: Data = None,
     settings: Settings = None,
-    search: Annotated[str | None, typer.Option(help="grid or random; default: what the space says.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Trials to draw in a random search.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="grid, random, tpe, nsga2 or gp; default: what the space says.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="fifo or pareto-asha; default: what the space says.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Trials in all, for searches that draw.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Replicates of every trial.")] = None,
+    objectives: Annotated[
+        list[str] | None, typer.Option("--objective", help="COLUMN or COLUMN:max; two or three times.")
+    ] = None,
+    max_joules: Annotated[float | None, typer.Option(help="End after so many joules, idle and lost ones too.")] = None,
+    max_hours: Annotated[float | None, typer.Option(help="End after so many hours.")] = None,
+    stall: Annotated[
+        int | None, typer.Option("--stop-when-hypervolume-stalls", help="End when so many trials added nothing.")
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Further attempts of a trial whose process died.")] = 2,
+    timeout: Annotated[
+        float | None, typer.Option("--trial-timeout", help="Seconds without a report: the trial hangs.")
+    ] = None,
     parallel: Annotated[
         int | None, typer.Option(min=1, help="Trials at once; default: one per GPU, or per CPU core.")
     ] = None,
@@ -51,30 +72,52 @@ def sweep(
     ] = None,
 ) -> None:
     """Run a sweep and print its front."""
-    from pipelines.plan import plan_sweep
     from pipelines.sweep import run_sweep
 
-    loaded = load_space(find_space(space))
-    plan = plan_sweep(
-        loaded,
-        overrides=_overrides(settings, base=base, tokenizer=tokenizer, data=data),
-        search=search,
-        samples=samples,
-        seeds=seeds,
-    )
+    options: dict[str, Any] = {"search": search, "samples": samples, "seeds": seeds, "scheduler": scheduler}
+    options |= {"objectives": objectives, "max_joules": max_joules, "max_hours": max_hours, "stall": stall}
+    overrides = _overrides(settings, base=base, tokenizer=tokenizer, data=data)
+    plan = _plan(space, resume, out, overrides, options)
     console = Console(highlight=False)
-    console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {len(plan.trials)} trials. {plan.question}", soft_wrap=True)
+    count = plan.samples if plan.is_adaptive else len(plan.trials)
+    console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {count} trials. {plan.question}", soft_wrap=True)
     if plan.dropped:
         console.print(
             f"{plan.dropped} points of the space repeat an experiment (λ where no price can act, say) and were dropped."
         )
-    parallel = parallel or loaded.sweep.get("parallel")
-    result = run_sweep(plan, out=out, parallel=parallel, address=address, tracking_uri=tracking_uri)
+    parallel = parallel or plan.document.get("sweep", {}).get("parallel")
+    result = run_sweep(
+        plan, out=out, parallel=parallel, address=address, tracking_uri=tracking_uri, retries=retries, timeout_s=timeout
+    )
+    if result.ended:
+        console.print(f"Ended early: {result.ended}. Go on with --resume {plan.sweep_id} --out {out}", soft_wrap=True)
     written = cli_analysis.conclude_sweep(console, out, plan.sweep_id, tracking_uri)
     if not result.completed or not written:
         failed = sum(record.state == "FAILED" for record in result.records)
         console.print(f"[red]No front:[/red] {result.completed} trials completed, {failed} failed.")
         raise typer.Exit(1)
+    if result.ended == "interrupted":
+        raise typer.Exit(130)
+
+
+def _plan(
+    space: str | None, resume: str | None, out: str, overrides: dict[str, Any], options: dict[str, Any]
+) -> SweepPlan:
+    """A new plan, or a stored one with what was asked for beside it."""
+    from pipelines.plan import plan_sweep
+    from pipelines.sweep import stored_plan
+
+    if resume is None:
+        if space is None:
+            raise ConfigError("space: expected a space file or the name of a shipped space, got nothing")
+        return plan_sweep(load_space(find_space(space)), overrides=overrides, **options)
+    plan = stored_plan(out, resume)
+    asked = {key: value for key, value in options.items() if value is not None}
+    if space is None and not asked and not overrides:
+        return plan
+    loaded = load_space(find_space(space)) if space is not None else plan.loaded_space()
+    before = {key: getattr(plan, key) for key in options}
+    return plan.extended(plan_sweep(loaded, overrides=overrides, sweep_id=resume, **(before | asked)))
 
 
 @app.command()
@@ -99,7 +142,7 @@ def trial(
     preflight([parsed])
     check_writable(out)
     progress = Progress([parsed])
-    record = run_trial(parsed, out=out, on_epoch=progress.epoch)
+    record = run_trial(parsed, out=out, on_epoch=progress.epoch, keep=True)
     progress.finished(record)
     if record.state != "COMPLETED":
         raise typer.Exit(1)

@@ -36,10 +36,17 @@ class Keeper:
     """
 
     def __init__(
-        self, path: str, spec: str, *, read: Callable[[], float] | None = None, period_s: float = PERIOD_S
+        self,
+        path: str,
+        spec: str,
+        *,
+        read: Callable[[], float] | None = None,
+        session: str = "",
+        period_s: float = PERIOD_S,
     ) -> None:
         self.path, self._read = path, read
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open
+        self.write({"t": time.monotonic(), "spec": spec, "session": session})
         words = [sys.executable, "-m", "pipelines.heartbeat", path, str(os.getpid()), spec, str(period_s)]
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -77,18 +84,21 @@ class Keeper:
         self._file.close()
 
 
-def keeper_of(monitor: Any, path: str | None) -> Keeper | None:
-    """A keeper for a monitor's devices (`hwcost.EnergyMonitor`); None where nothing is counted or nowhere to write."""
+def keeper_of(monitor: Any, path: str | None, session: str) -> Keeper | None:
+    """A keeper for a monitor's devices (`hwcost.EnergyMonitor`); None where nothing is counted or nowhere to write.
+
+    `session` tells one driver's time from the next one's: what a board draws between two sessions is nobody's.
+    """
     if path is None or not monitor.devices:
         return None
     if monitor.source in ("counter", "integrated"):
         readers = [sampler.reader for sampler in monitor.samplers]
         uuids = ",".join(device.uuid for device in monitor.devices)
-        return Keeper(path, f"gpu:{uuids}", read=lambda: sum(reader.energy_j() for reader in readers))
+        return Keeper(path, f"gpu:{uuids}", read=lambda: sum(reader.energy_j() for reader in readers), session=session)
     if monitor.source == "rapl":
-        return Keeper(path, "rapl")
+        return Keeper(path, "rapl", session=session)
     watts = float(monitor.samplers[0].reader.watts_per_core)
-    return Keeper(path, f"cpu:{watts}", read=reader_of(f"cpu:{watts}", os.getpid()))
+    return Keeper(path, f"cpu:{watts}", read=reader_of(f"cpu:{watts}", os.getpid()), session=session)
 
 
 def reader_of(spec: str, pid: int) -> Callable[[], float]:
@@ -165,8 +175,11 @@ def read_lines(path: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda line: line["t"])
 
 
-def joules_of(lines: Sequence[Mapping[str, Any]], attempt: str) -> Spent | None:
-    """What an attempt drew, from its actor's heartbeats; None where the attempt left no trace."""
+def joules_of(lines: Sequence[Mapping[str, Any]], attempt: str, *, alive: bool = False) -> Spent | None:
+    """What an attempt drew, from its actor's heartbeats; None where the attempt left no trace.
+
+    `alive`: its actor lives (the attempt was stopped, and counts up to now).
+    """
     edges = [line for line in lines if line.get("attempt") == attempt]
     if not edges:
         return None
@@ -182,21 +195,49 @@ def joules_of(lines: Sequence[Mapping[str, Any]], attempt: str) -> Spent | None:
     phases = _phases(edges, counter, end_s)
     flags: list[str] = ["from_heartbeats"]
     missing_s = 0.0
-    if ended is None and not seen_last:  # the keeper died too: half a period on average is unknown
+    if ended is None and not seen_last and not alive:  # the keeper died too: half a period on average is unknown
         missing_s = PERIOD_S / 2
         total_j += missing_s * _last_watts(counter)
         flags.append("heartbeat_estimated")
     return Spent(total_j=total_j, phases_j=phases, duration_s=duration_s, missing_s=missing_s, flags=tuple(flags))
 
 
-def swept_j(files: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None:
-    """Joules of all actors of a sweep, idle time between trials included; None where none was counted."""
-    spans = []
-    for lines in files.values():
-        counter = [line["j"] for line in lines if line.get("j") is not None]
-        if counter:
-            spans.append(counter[-1] - counter[0])
-    return sum(spans) if spans else None
+class Meter:
+    """Joules of a whole sweep so far, idle time between trials and lost work included: reads on where it stopped."""
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+        self._at: dict[str, int] = {}
+        self._key: dict[str, tuple[str, ...]] = {}
+        self._range: dict[tuple[str, ...], tuple[float, float]] = {}
+
+    def read_j(self) -> float | None:
+        """Joules of all actors; None where none was counted."""
+        if self.folder is not None and os.path.isdir(self.folder):
+            for entry in os.scandir(self.folder):
+                if entry.name.endswith(".jsonl"):
+                    self._follow(entry.path)
+        return sum(last - first for first, last in self._range.values()) if self._range else None
+
+    def _follow(self, path: str) -> None:
+        with open(path, "rb") as file:
+            file.seek(self._at.get(path, 0))
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._at[path] = self._at.get(path, 0) + len(whole)
+        for text in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                self._take(path, json.loads(text))
+
+    def _take(self, path: str, line: Mapping[str, Any]) -> None:
+        if "spec" in line:  # a board's counter goes on from actor to actor, a process's does not
+            one_board = str(line["spec"]).startswith("gpu:")
+            self._key[path] = (line["session"], line["spec"]) if one_board else (path,)
+        joules = line.get("j")
+        if joules is not None:
+            key = self._key.get(path, (path,))
+            first, last = self._range.get(key, (joules, joules))
+            self._range[key] = min(first, joules), max(last, joules)
 
 
 def _phases(

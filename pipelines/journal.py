@@ -76,6 +76,14 @@ class Journal:
         """Whether a document exists."""
         return bool(self.fs.get_file_info(f"{self.root}/{name}").type == pafs.FileType.File)
 
+    def seconds(self) -> float:
+        """Seconds that earlier sessions of this sweep ran."""
+        return float(sum(session["seconds"] for session in self.get("sessions.json") or []))
+
+    def add_session(self, seconds: float, joules: float | None) -> None:
+        """Remember a session: how long it ran, and what the whole sweep had drawn when it ended."""
+        self.put("sessions.json", [*(self.get("sessions.json") or []), {"seconds": seconds, "sweep_energy_j": joules}])
+
     # -- attempts ---------------------------------------------------------------------------------------
 
     def claim(self, trial_id: str, document: dict[str, Any]) -> int:
@@ -95,6 +103,10 @@ class Journal:
         """All claims, by trial and attempt."""
         found = [self.get(f"attempts/{name}") for name in self.names("attempts")]
         return sorted((c for c in found if c), key=lambda c: (c["trial_id"], c["attempt"]))
+
+    def claims_of(self, trial_id: str) -> list[dict[str, Any]]:
+        """The claims of one trial, in order."""
+        return [self.get(f"attempts/{trial_id}-{n}.json") for n in range(self.attempts(trial_id))]
 
     def beat_path(self, name: str) -> str | None:
         """File for the heartbeats of an actor; None where storage cannot be appended to."""

@@ -12,18 +12,30 @@ from glob import glob
 from typing import Any
 
 from pipelines.config import ConfigError, TrialConfig
-from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform
+from pipelines.records import TrialRecord
+from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform, dump_space, parse_space
 
 _DEFAULT_SAMPLES = 16
 
 
+SEARCHES = ("grid", "random", "tpe", "nsga2", "gp")
+#: Searches whose later trials depend on the outcome of earlier ones.
+ADAPTIVE = ("tpe", "nsga2", "gp")
+SCHEDULERS = ("fifo", "pareto-asha")
+OBJECTIVES = ("train_energy_j", "eval_loss_nats")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """The trials of a sweep in the order they start.
+    """The trials of a sweep in the order they start, and how it searches and ends.
 
     Attributes:
         dropped: how many points of the space repeat an experiment that is already in (for example λ > 0
             where no price can act).
+        document: the space as it was read, overrides included; an adaptive search draws from it.
+        samples: trials in all, for searches that draw.
+        objectives: columns to search by, `COLUMN` or `COLUMN:max`.
+        max_joules, max_hours, stall: budgets; None: no limit.
     """
 
     sweep_id: str
@@ -31,6 +43,48 @@ class SweepPlan:
     question: str
     trials: tuple[TrialConfig, ...]
     dropped: int
+    document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    search: str = "grid"
+    scheduler: str = "fifo"
+    samples: int | None = None
+    seeds: int = 1
+    objectives: tuple[str, ...] = OBJECTIVES
+    max_joules: float | None = None
+    max_hours: float | None = None
+    stall: int | None = None
+
+    @property
+    def is_adaptive(self) -> bool:
+        """True where trials are chosen while the sweep runs."""
+        return self.search in ADAPTIVE
+
+    def examples(self) -> tuple[TrialConfig, ...]:
+        """A few draws of the space, to check what trials need before any runs."""
+        return tuple(TrialConfig.parse(point) for point in _draws(self.loaded_space(), 4))
+
+    def loaded_space(self) -> Space:
+        """The space to draw from."""
+        return parse_space(self.space, self.document)
+
+    def to_document(self) -> dict[str, Any]:
+        """JSON values from which `from_document` makes this plan."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "version": 1, "trials": [trial.model_dump(mode="json") for trial in self.trials]}
+
+    @classmethod
+    def from_document(cls, values: Mapping[str, Any]) -> SweepPlan:
+        """Read what `to_document` wrote."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        kept = {key: value for key, value in values.items() if key in known}
+        trials = tuple(TrialConfig.parse(trial) for trial in values["trials"])
+        return cls(**{**kept, "trials": trials, "objectives": tuple(values["objectives"])})
+
+    def extended(self, more: SweepPlan) -> SweepPlan:
+        """This sweep with the trials of another plan added; what was planned before stays and comes first."""
+        trials = {trial.trial_id: trial for trial in (*self.trials, *more.trials)}
+        return dataclasses.replace(
+            more, sweep_id=self.sweep_id, space=self.space, question=self.question, trials=tuple(trials.values())
+        )
 
 
 def plan_sweep(
@@ -41,11 +95,13 @@ def plan_sweep(
     samples: int | None = None,
     seeds: int | None = None,
     sweep_id: str | None = None,
+    **more: Any,
 ) -> SweepPlan:
     """Turn a space into checked trials.
 
     `overrides` replace keys of the space. Replicates of an experiment differ in their seed and run
-    interleaved: every experiment's first seed before any experiment's second (temperature drifts).
+    interleaved: every experiment's first seed before any experiment's second (temperature drifts). `more`
+    replaces scheduler, objectives, max_joules, max_hours and stall of the space's `sweep` section.
 
     Raises:
         ConfigError: a trial that cannot be, or a space without trials.
@@ -53,25 +109,57 @@ def plan_sweep(
     chosen = dataclasses.replace(space, **_overridden(space, overrides or {}))
     search = search or str(space.sweep.get("search") or ("grid" if chosen.is_grid else "random"))
     seeds = seeds or int(space.sweep.get("seeds") or 1)
-    if search == "grid":
-        points = list(chosen.grid_points())
-    elif search == "random":
-        points = _draws(chosen, samples or int(space.sweep.get("samples") or _DEFAULT_SAMPLES))
-    else:
-        raise ConfigError(f"search: expected one of grid, random, got {search!r}")
+    if search not in SEARCHES:
+        raise ConfigError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
+    samples = samples or int(space.sweep.get("samples") or _DEFAULT_SAMPLES)
+    points = list(chosen.grid_points()) if search == "grid" else _draws(chosen, samples)
     configs = [TrialConfig.parse(_located(point)) for point in points]
     unique = {config.trial_id: config for config in reversed(configs)}
     kept = [config for config in configs if unique[config.trial_id] is config]
     trials = [c.model_copy(update={"seed": c.seed + replicate}) for replicate in range(seeds) for c in kept]
     if not trials:
         raise ConfigError(f"trial: expected at least one trial in the space {space.name}, got none")
+    adaptive = search in ADAPTIVE
     return SweepPlan(
         sweep_id=sweep_id or new_sweep_id(space.name),
         space=space.name,
         question=space.question,
-        trials=tuple({trial.trial_id: trial for trial in trials}.values()),
-        dropped=len(configs) - len(kept),
+        trials=() if adaptive else tuple({trial.trial_id: trial for trial in trials}.values()),
+        dropped=0 if adaptive else len(configs) - len(kept),
+        document=_absolute(dump_space(chosen)),
+        search=search,
+        samples=None if search == "grid" else samples,
+        seeds=seeds,
+        **_rules(space, more),
     )
+
+
+def _rules(space: Space, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Scheduler, objectives and budgets: what was asked for, else what the space says."""
+    said = {**space.sweep, "stall": space.sweep.get("stop_when_hypervolume_stalls")}
+    rules: dict[str, Any] = {key: more[key] if more.get(key) is not None else said.get(key) for key in _RULES}
+    rules["scheduler"] = rules["scheduler"] or SCHEDULERS[0]
+    if rules["scheduler"] not in SCHEDULERS:
+        raise ConfigError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {rules['scheduler']!r}")
+    rules["objectives"] = tuple(rules["objectives"] or OBJECTIVES)
+    columns = {field.name for field in dataclasses.fields(TrialRecord)}
+    for axis in rules["objectives"]:
+        name, _, direction = str(axis).partition(":")
+        if name not in columns or direction not in ("", "min", "max"):
+            raise ConfigError(f"objectives: expected a column of trials (and :min or :max), got {axis!r}")
+    if not 2 <= len(rules["objectives"]) <= 3:
+        raise ConfigError(f"objectives: expected two or three, got {len(rules['objectives'])}")
+    for key in ("max_joules", "max_hours", "stall"):
+        if rules[key] is not None and not float(rules[key]) > 0:
+            raise ConfigError(f"{key}: expected a number above 0, got {rules[key]!r}")
+    return rules
+
+
+_RULES = ("scheduler", "objectives", "max_joules", "max_hours", "stall")
+
+
+def _absolute(document: dict[str, Any]) -> dict[str, Any]:
+    return {**document, "trial": _located(document["trial"])}
 
 
 def _located(point: Mapping[str, Any]) -> dict[str, Any]:

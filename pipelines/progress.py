@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -42,17 +43,26 @@ def clock(seconds: float) -> str:
 class Progress:
     """Prints lines; knows how much of the sweep is done."""
 
-    def __init__(self, trials: Sequence[TrialConfig], console: Console | None = None) -> None:
+    def __init__(
+        self, trials: Sequence[TrialConfig], console: Console | None = None, *, expected: int | None = None
+    ) -> None:
         self.console = console or Console(highlight=False)
         self.trials = {trial.trial_id: trial for trial in trials}
-        # Beside its epochs a trial is set up and evaluated: count one more epoch for that.
-        self.total = sum(trial.epochs + 1 for trial in trials)
+        self.expected = expected  # trials in all, where they are not known beforehand
         self.finished_trials = 0
         self.done: dict[str, int] = {}
         self.start_s = time.monotonic()
 
-    def started(self, trial_id: str) -> None:
-        """A trial got its actor."""
+    @property
+    def total(self) -> float:
+        """Epochs in all. Beside its epochs a trial is set up and evaluated: one more epoch for that."""
+        known = sum(trial.epochs + 1 for trial in self.trials.values())
+        return known if not self.expected or not self.trials else known * max(1.0, self.expected / len(self.trials))
+
+    def started(self, trial_id: str, values: Mapping[str, Any] | None = None) -> None:
+        """A trial got its actor; an adaptive search names its configuration here."""
+        if trial_id not in self.trials and values is not None:
+            self.trials[trial_id] = TrialConfig.parse({k: v for k, v in values.items() if k != "trial_id"})
         self.done.setdefault(trial_id, 0)
 
     def epoch(self, record: EpochRecord) -> None:
@@ -67,10 +77,11 @@ class Progress:
         )
 
     def finished(self, record: TrialRecord) -> None:
-        """A trial ended, well or not."""
-        self.finished_trials += 1
+        """An attempt ended, well or not; one that died may be tried again."""
         trial = self.trials[record.trial_id]
-        self.done[record.trial_id] = trial.epochs + 1
+        again = record.ended_by not in (None, "itself", "scheduler")
+        self.finished_trials += 0 if again else 1
+        self.done[record.trial_id] = 0 if again else trial.epochs + 1
         if record.state == "FAILED":
             self._line(record.trial_id, f"[red]FAILED[/red] {escape(record.error or '')}")
             return
@@ -88,5 +99,5 @@ class Progress:
         return f"{clock(elapsed * (1 - share) / share)} left"
 
     def _line(self, trial_id: str, text: str) -> None:
-        count = f"[{self.finished_trials}/{len(self.trials)}]"
+        count = f"[{self.finished_trials}/{self.expected or len(self.trials)}]"
         self.console.print(f"{count:>8} {trial_id}  {text}", soft_wrap=True, markup=True)

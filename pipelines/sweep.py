@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
+import tempfile
+import time
 import uuid
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 
-from hwcost import EnergyMonitor
+from pipelines import recover
+from pipelines.actor import TrialActor, quiet_libraries
+from pipelines.budget import Budget
+from pipelines.checkpoints import prune_finals
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.data import load_corpus
+from pipelines.follow import SweepCallback
+from pipelines.heartbeat import Meter
+from pipelines.journal import Journal
 from pipelines.model import Hardware, dense_model
+from pipelines.pareto import pareto_fronts
 from pipelines.plan import SweepPlan
-from pipelines.progress import Progress
-from pipelines.records import EpochRecord, PowerRecord, Store, TrialRecord
-from pipelines.tracking import Tracker
-from pipelines.trial import Trial, TrialKey, config_columns
+from pipelines.records import EpochRecord, Store, TrialRecord
+from pipelines.scheduler import ParetoASHA, rungs_of
+from pipelines.search import StudySearch, study_of
 
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -30,6 +37,7 @@ _QUIET = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
 
@@ -45,116 +53,16 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """What a sweep left behind: its id and one record per trial."""
+    """What a sweep left behind: its id and the last record of every trial; `ended` says why it ended early."""
 
     sweep_id: str
     records: tuple[TrialRecord, ...]
+    ended: str | None = None
 
     @property
     def completed(self) -> int:
         """Trials that ran to their end."""
         return sum(record.state == "COMPLETED" for record in self.records)
-
-
-class TrialActor(tune.Trainable):  # type: ignore[misc]
-    """Ray Tune's side of a trial: one `step` is one `Trial.advance`. Reused for the next trial where Tune can."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        """Make the trial; its work begins with the first step."""
-        quiet_libraries()
-        key = TrialKey(sweep_id=config["sweep_id"], trial_id=config["trial"]["trial_id"])
-        values = {k: v for k, v in config["trial"].items() if k != "trial_id"}
-        monitor = EnergyMonitor.for_assigned_devices(cpu_parallel=config["parallel"])
-        self.trial = Trial(TrialConfig.parse(values), key, Store(config["out"]), monitor)
-
-    def step(self) -> dict[str, Any]:
-        """Advance the trial; the result carries the row that was made."""
-        record = self.trial.advance()
-        if isinstance(record, EpochRecord):
-            return {"epoch": record.epoch, "row": dataclasses.asdict(record)}
-        self._let_go()
-        return {"epoch": self.trial.epoch, "trial_row": dataclasses.asdict(record), "done": True}
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial into this process: its imports and CUDA context are warm already."""
-        self.cleanup()
-        self.setup(new_config)
-        return True
-
-    def cleanup(self) -> None:
-        """Tune ended the trial early: keep what was measured."""
-        if self.trial.record is None and self.trial.epochs:
-            self.trial.stop()
-        self._let_go()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing: a trial that lost its actor is not continued."""
-        return {}
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing to load."""
-
-    def _let_go(self) -> None:
-        self.trial.release()
-        self.trial.monitor.close()
-
-
-class SweepCallback(tune.Callback):  # type: ignore[misc]
-    """Follows the trials in the driver: the terminal, MLflow, and a FAILED row where an actor died."""
-
-    def __init__(self, plan: SweepPlan, out: str, tracking_uri: str | None) -> None:
-        self.plan, self.out, self.tracking_uri = plan, out, tracking_uri
-
-    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
-        """Build clients here: Tune pickles callbacks before."""
-        self.store = Store(self.out)
-        self.tracker = Tracker.open(self.out, self.tracking_uri)
-        self.tracker.start_sweep(self.plan.sweep_id, self.plan.space, question=self.plan.question)
-        self.progress = Progress(self.plan.trials)
-        self.epochs: dict[str, list[EpochRecord]] = {}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that a trial began."""
-        self.progress.started(trial.config["trial"]["trial_id"])
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Show and mirror an epoch, or the whole trial."""
-        if "trial_row" in result:
-            self._finished(TrialRecord(**result["trial_row"]))
-        elif "row" in result:
-            record = EpochRecord(**result["row"])
-            self.epochs.setdefault(record.trial_id, []).append(record)
-            self.progress.epoch(record)
-            self.tracker.log_epoch(record)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The actor itself died, so nobody else can write the trial's row."""
-        values = dict(trial.config["trial"])
-        key = TrialKey(sweep_id=self.plan.sweep_id, trial_id=values.pop("trial_id"))
-        record = lost_trial(TrialConfig.parse(values), key, reason="the trial's process died")
-        self.store.write(TrialRecord, [record], **dataclasses.asdict(key))
-        self._finished(record)
-
-    def _finished(self, record: TrialRecord) -> None:
-        self.progress.finished(record)
-        where = self.store.path(PowerRecord, record.sweep_id, record.trial_id, record.attempt)
-        self.tracker.log_trial(record, self.epochs.pop(record.trial_id, []), where)
-
-
-def lost_trial(config: TrialConfig, key: TrialKey, *, reason: str) -> TrialRecord:
-    """The FAILED row of a trial whose process is gone: nothing measured is known."""
-    import datetime as dt
-
-    return TrialRecord(
-        **dataclasses.asdict(key),
-        state="FAILED",
-        censored=False,
-        error=reason,
-        started_at=dt.datetime.now(dt.UTC),
-        **config_columns(config),
-    )
 
 
 def run_sweep(
@@ -164,24 +72,143 @@ def run_sweep(
     parallel: int | None = None,
     address: str = "local",
     tracking_uri: str | None = None,
+    retries: int = 2,
+    timeout_s: float | None = None,
 ) -> SweepResult:
-    """Run every trial of a plan and write its tables under `out`.
+    """Run every trial of a plan that has no final row yet and write its tables under `out`.
+
+    Args:
+        plan: what to run; a plan that was stored under `out` before goes on where it ended.
+        out: folder or URI of the results.
+        parallel: trials at once.
+        address: `local`, `auto` or `ray://...`.
+        tracking_uri: MLflow's address; beside the results where None.
+        retries: further attempts of a trial whose process died.
+        timeout_s: seconds without a report after which a trial counts as hung; None: 20 times the longest
+            stretch between two reports so far, at least 15 minutes.
 
     Raises:
-        ConfigError: the data, the base model, the devices or `out` cannot be had; nothing was written then.
+        ConfigError: the data, the base model, the devices or `out` cannot be had (nothing was written then), or
+            another driver is alive.
     """
     out = os.fspath(out) if "://" in os.fspath(out) else os.path.abspath(out)
-    preflight(plan.trials)
+    preflight(plan.trials or plan.examples())
+    check_storage(out, tracking_uri)
     started_here = _connect(address)
     try:
-        resources = _resources(plan.trials, parallel)
+        resources = _resources(plan, parallel)
         check_writable(out)
-        _tuner(plan, out, resources, tracking_uri).fit()
+        journal = Journal(out, plan.sweep_id)
+        with journal.driving():
+            ended = _drive(plan, journal, _Run(out, resources, tracking_uri, retries, timeout_s))
     finally:
         if started_here:
             ray.shutdown()
-    rows = Store(out).read(TrialRecord, plan.sweep_id).to_pylist()
-    return SweepResult(sweep_id=plan.sweep_id, records=tuple(TrialRecord(**row) for row in rows))
+    rows = recover.rows_of(Store(out), plan.sweep_id)
+    return SweepResult(sweep_id=plan.sweep_id, records=tuple(rows.values()), ended=ended)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """How this session runs."""
+
+    out: str
+    resources: Resources
+    tracking_uri: str | None
+    retries: int
+    timeout_s: float | None
+
+
+def stored_plan(out: str | os.PathLike[str], sweep_id: str) -> SweepPlan:
+    """The plan of a sweep that was begun before.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    text = os.fspath(out)
+    document = Journal(text, sweep_id).get("plan.json")
+    if document is None:
+        raise ConfigError(f"resume: expected a sweep under {text}/sweeps, got {sweep_id!r}")
+    return SweepPlan.from_document(document)
+
+
+def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
+    """One session of a sweep: book what earlier ones left, run what is missing. Returns why it ended early."""
+    store = Store(run.out)
+    stored = journal.get("plan.json")
+    if stored != json.loads(json.dumps(plan.to_document())):
+        journal.put("plan.json", plan.to_document())
+    if stored is not None:
+        rows = store.read(TrialRecord, plan.sweep_id, columns=["trial_id", "attempt"]).to_pylist()
+        recover.end_orphans(journal, {(row["trial_id"], row["attempt"]) for row in rows})
+        recover.write_missing(store, journal, ended_by="died")
+    known = recover.rows_of(store, plan.sweep_id)
+    final = {trial_id for trial_id, row in known.items() if recover.is_final(row)}
+    meter = Meter(f"{journal.root}/beats" if journal.local else None)
+    budget = Budget(plan, meter.read_j, list(known.values()), before_s=journal.seconds())
+    work = _work(plan, journal, run, list(known.values()), final)
+    if work is None:
+        return None
+    began_s = time.monotonic()
+    try:
+        _tuner(plan, run, work, store, SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s)).fit()
+        stopped = "budget" if budget.reason else "interrupt"
+        left = recover.write_missing(store, journal, ended_by=stopped)
+        return budget.reason or ("interrupted" if left or _missing(plan, store) else None)
+    except KeyboardInterrupt:
+        recover.write_missing(store, journal, ended_by="interrupt", alive=True)
+        return "interrupted"
+    finally:
+        journal.add_session(time.monotonic() - began_s, meter.read_j())
+        prune_finals(journal, _front_members(store, plan.sweep_id))
+
+
+def _front_members(store: Store, sweep_id: str) -> set[str]:
+    """Trials whose configuration is on a front."""
+    fronts = pareto_fronts(store, sweep_id=sweep_id)
+    return {trial for front in fronts for row in front.rows() for trial in str(row["trial_id"]).split()}
+
+
+def _missing(plan: SweepPlan, store: Store) -> bool:
+    """Whether planned trials have no final row (one that died for good has had its attempts)."""
+    rows = recover.rows_of(store, plan.sweep_id)
+    return (
+        len(rows) < plan.samples
+        if plan.is_adaptive and plan.samples
+        else any(trial.trial_id not in rows for trial in plan.trials)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is left to run: a parameter space for Ray Tune, and a searcher where trials are not known beforehand."""
+
+    param_space: dict[str, Any]
+    searcher: StudySearch | None
+    samples: int
+
+
+def _work(plan: SweepPlan, journal: Journal, run: _Run, known: Sequence[TrialRecord], final: set[str]) -> _Work | None:
+    common = {
+        "sweep_id": plan.sweep_id,
+        "out": run.out,
+        "parallel": run.resources.parallel,
+        "session": uuid.uuid4().hex,
+    }
+    if not plan.is_adaptive:
+        entries = [_entry(trial, run.resources) for trial in plan.trials if trial.trial_id not in final]
+        return (
+            _Work(param_space={**common, "trial": tune.grid_search(entries)}, searcher=None, samples=1)
+            if entries
+            else None
+        )
+    unfinished = {c["trial_id"]: TrialConfig.parse(c["config"]) for c in journal.claims() if c["trial_id"] not in final}
+    count = (plan.samples or 0) - len(final)
+    if count <= 0:
+        return None
+    study = study_of(plan, [row for row in known if row.trial_id in final])
+    study.threads = None if run.resources.gpus else int(run.resources.cpus)
+    return _Work(param_space={}, searcher=StudySearch(study, common, unfinished.values(), count), samples=count)
 
 
 def preflight(trials: Sequence[TrialConfig]) -> None:
@@ -213,15 +240,24 @@ def _connect(address: str) -> bool:
     return True
 
 
-def _resources(trials: Sequence[TrialConfig], parallel: int | None) -> Resources:
+def _resources(plan: SweepPlan, parallel: int | None) -> Resources:
+    trials = plan.trials or plan.examples()
+    count = len(plan.trials) or (plan.samples or 1)
     cluster: Mapping[str, float] = ray.cluster_resources()
     cpus, gpus = int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0))
     if any(config.device == "cuda" for config in trials) and not gpus:
         raise ConfigError("device: expected a CUDA GPU, got a cluster without one; use device: auto or cpu")
     wants_gpu = gpus > 0 and any(config.device != "cpu" for config in trials)
-    slots = min(gpus if wants_gpu else cpus, len(trials))
+    slots = min(gpus if wants_gpu else cpus, count)
     parallel = max(1, min(parallel or slots, slots))
     return Resources(cpus=max(1, cpus // parallel), gpus=1 if wants_gpu else 0, parallel=parallel)
+
+
+def check_storage(out: str, tracking_uri: str | None) -> None:
+    """Raises ConfigError where MLflow has no place: beside results on an object store there is none."""
+    remote = "://" in out and not out.startswith("file://")
+    if remote and not (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        raise ConfigError(f"tracking-uri: expected the address of an MLflow server where OUT is {out}, got none")
 
 
 def check_writable(out: str) -> None:
@@ -238,38 +274,44 @@ def check_writable(out: str) -> None:
         raise ConfigError(f"out: expected a folder that can be written, got {out}: {error.strerror or error}") from None
 
 
-def _tuner(plan: SweepPlan, out: str, resources: Resources, tracking_uri: str | None) -> Any:
-    entries = [{"trial_id": c.trial_id, **_with_threads(c, resources).model_dump(mode="json")} for c in plan.trials]
-    common = {"sweep_id": plan.sweep_id, "out": out, "parallel": resources.parallel}
+def _tuner(plan: SweepPlan, run: _Run, work: _Work, store: Store, follower: SweepCallback) -> Any:
     return tune.Tuner(
-        tune.with_resources(TrialActor, {"cpu": resources.cpus, "gpu": resources.gpus}),
-        param_space={**common, "trial": tune.grid_search(entries)},
+        tune.with_resources(TrialActor, {"cpu": run.resources.cpus, "gpu": run.resources.gpus}),
+        param_space=work.param_space,
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=resources.parallel,
+            max_concurrent_trials=run.resources.parallel,
+            num_samples=work.samples,
             reuse_actors=True,
+            search_alg=work.searcher,
+            scheduler=_scheduler(plan, store),
             trial_dirname_creator=lambda trial: trial.config["trial"]["trial_id"],
             trial_name_creator=lambda trial: trial.config["trial"]["trial_id"],
         ),
         run_config=tune.RunConfig(
             name=plan.sweep_id,
-            storage_path=f"{out}/ray",
+            # Tune's own state is never read: the tables and the journal say what is left to do.
+            storage_path=tempfile.mkdtemp(prefix="joulemoe-tune-"),
             verbose=0,
-            callbacks=[SweepCallback(plan, out, tracking_uri)],
-            failure_config=tune.FailureConfig(max_failures=0),
+            stop=follower.budget,
+            callbacks=[follower],
+            failure_config=tune.FailureConfig(max_failures=run.retries),
         ),
     )
 
 
-def _with_threads(config: TrialConfig, resources: Resources) -> TrialConfig:
+def _scheduler(plan: SweepPlan, store: Store) -> Any:
+    if plan.scheduler != "pareto-asha":
+        return None
+    columns = ["trial_id", "epoch", "attempt", "eval_loss_nats", "train_energy_j"]
+    epochs = store.read(EpochRecord, plan.sweep_id, columns=columns).to_pylist()
+    rows = store.read(TrialRecord, plan.sweep_id, columns=["trial_id", "config_json"]).to_pylist()
+    return ParetoASHA(rungs_of(epochs, {row["trial_id"]: row["config_json"] for row in rows}))
+
+
+def _entry(config: TrialConfig, resources: Resources) -> dict[str, Any]:
+    """A trial as an actor takes it; on a CPU it gets its share of the cores."""
     threads = config.threads or (None if resources.gpus else int(resources.cpus))
-    return config.model_copy(update={"threads": threads})
+    return {"trial_id": config.trial_id, **config.model_copy(update={"threads": threads}).model_dump(mode="json")}
 
 
-def quiet_libraries() -> None:
-    """Keep third-party chatter out of a trial's output; errors still show."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_float32_matmul_precision("high")
-
-
-__all__ = ["Hardware", "Resources", "SweepResult", "TrialActor", "run_sweep"]
+__all__ = ["Hardware", "Resources", "SweepResult", "TrialActor", "quiet_libraries", "run_sweep", "stored_plan"]

@@ -189,7 +189,8 @@ class Trial:
 
     def release(self) -> None:
         """Drop the model and its memory, so that an actor can be reused."""
-        self.model = self.trainer = None
+        self.model = None
+        self.__dict__.pop("trainer", None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -215,7 +216,9 @@ class Trial:
         """Go on where the checkpoint was taken: what was spent since then is lost."""
         if self.config.is_priced:  # the audit compares with the routers before training
             with self.ledger.window(EVAL):
-                self._routing_at_start = evaluate(self.model, self.validation, self.config, self.hardware).routing
+                at_start = evaluate(self.model, self.validation, self.config, self.hardware).routing
+            assert at_start is not None
+            self._routing_at_start = at_start
         restore(self.model, checkpoint)
         self.trainer.load_state_dict(checkpoint.tensors)
         self.ledger.carry = Carry.from_document(checkpoint.values["carry"]).losing_up_to(self._spent_j)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -93,6 +94,12 @@ def config_columns(config: TrialConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
     }
+
+
+def parse_row(text: str) -> TrialRecord:
+    """A `trials` row from its JSON."""
+    values = json.loads(text)
+    return TrialRecord(**{**values, "started_at": dt.datetime.fromisoformat(values["started_at"])})
 
 
 def perplexity(loss_nats: float) -> float | None:

@@ -9,8 +9,10 @@ from tune_spaces.loader import (
     Space,
     SpaceError,
     Uniform,
+    dump_space,
     find_space,
     load_space,
+    parse_space,
     shipped_spaces,
 )
 
@@ -23,7 +25,9 @@ __all__ = [
     "Space",
     "SpaceError",
     "Uniform",
+    "dump_space",
     "find_space",
     "load_space",
+    "parse_space",
     "shipped_spaces",
 ]

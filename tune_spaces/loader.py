@@ -79,7 +79,17 @@ _RANGES: dict[str, type[Uniform] | type[LogUniform] | type[IntRange]] = {
     "int": IntRange,
 }
 KINDS = (*_LISTS, *_RANGES)
-SWEEP_KEYS = ("search", "scheduler", "seeds", "samples", "parallel", "objectives", "max_joules", "max_hours")
+SWEEP_KEYS = (
+    "search",
+    "scheduler",
+    "seeds",
+    "samples",
+    "parallel",
+    "objectives",
+    "max_joules",
+    "max_hours",
+    "stop_when_hypervolume_stalls",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,10 +154,26 @@ def load_space(path: str | Path) -> Space:
         raise SpaceError(f"space {path}: expected YAML, got {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise SpaceError(f"space {path}: expected keys 'trial', 'question', 'sweep', got {_name(document)}")
-    return _space(path.stem, document)
+    return parse_space(path.stem, document)
 
 
-def _space(name: str, document: Mapping[str, Any]) -> Space:
+def dump_space(space: Space) -> dict[str, Any]:
+    """The document that `parse_space` reads as this space."""
+    trial: dict[str, Any] = dict(space.fixed)
+    names: dict[type, str] = {kind: name for name, kind in (_LISTS | _RANGES).items()}
+    for key, domain in space.domains.items():
+        values = list(domain.values) if isinstance(domain, Grid | Choice) else [domain.low, domain.high]
+        when = {other: list(allowed) for other, allowed in space.conditions.get(key, {}).items()}
+        trial[key] = {names[type(domain)]: values, **({"when": when} if when else {})}
+    return {"question": space.question, "trial": trial, "sweep": dict(space.sweep)}
+
+
+def parse_space(name: str, document: Mapping[str, Any]) -> Space:
+    """Check a space that was read.
+
+    Raises:
+        SpaceError: its form is wrong; one line that names the key.
+    """
     _only(document, ("question", "trial", "sweep"), where="space")
     trial, sweep = document.get("trial"), document.get("sweep") or {}
     if not isinstance(trial, dict) or not trial:

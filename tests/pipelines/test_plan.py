@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.config import ConfigError
-from pipelines.plan import plan_sweep
+from pipelines.config import ConfigError, TrialConfig
+from pipelines.plan import SweepPlan, plan_sweep
 from tune_spaces import Grid, LogUniform, Space, SpaceError, Uniform
 
 
@@ -52,7 +53,7 @@ def test_a_sampled_space_has_no_grid(tiny: dict[str, Any]) -> None:
 
 
 def test_an_unknown_search_is_named(tiny: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="search: expected one of grid, random, got 'magic'"):
+    with pytest.raises(ConfigError, match="search: expected one of grid, random, tpe, nsga2, gp, got"):
         plan_sweep(space(tiny, {}), search="magic")
 
 
@@ -65,3 +66,43 @@ def test_paths_are_absolute_because_a_trial_has_its_own_folder(
     assert trial.data == str(tmp_path / "a.txt")
     assert trial.tokenizer == "embedded"
     assert trial.fingerprint == trial.model_copy(update={"data": "/elsewhere/a.txt"}).fingerprint
+
+
+def test_a_plan_survives_json(tiny: dict[str, Any]) -> None:
+    domains = {"top_k": Grid((1, 2)), "energy_lambda": LogUniform(1e-3, 1)}
+    for search in ("random", "tpe"):
+        plan = plan_sweep(space(tiny, domains), search=search, samples=6, scheduler="pareto-asha", max_joules=5)
+        again = SweepPlan.from_document(json.loads(json.dumps(plan.to_document())))
+        assert again == plan
+        assert again.loaded_space().domains == plan.loaded_space().domains
+
+
+def test_more_seeds_and_samples_only_add(tiny: dict[str, Any]) -> None:
+    plan = plan_sweep(space(tiny, {"energy_lambda": LogUniform(1e-3, 1)}), samples=3)
+    more = plan_sweep(plan.loaded_space(), samples=5, seeds=2, sweep_id=plan.sweep_id)
+    both = plan.extended(more)
+    assert both.trials[:3] == plan.trials
+    assert len(both.trials) == 10
+    assert both.sweep_id == plan.sweep_id
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"scheduler": "hyperband"}, "scheduler: expected one of fifo, pareto-asha"),
+        ({"objectives": ["eval_loss_nats"]}, "objectives: expected two or three"),
+        ({"objectives": ["joy", "eval_loss_nats"]}, "objectives: expected a column of trials"),
+        ({"max_joules": -1}, "max_joules: expected a number above 0"),
+    ],
+)
+def test_rules_that_cannot_be_are_named(tiny: dict[str, Any], more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan_sweep(space(tiny, {}), **more)
+
+
+def test_anytime_is_every_number_of_epochs_up_to_one(tiny: dict[str, Any]) -> None:
+    config = TrialConfig.parse(tiny | {"epochs": "anytime:3"})
+    assert (config.epochs, config.schedule, config.anytime) == (3, "wsd", True)
+    assert config.fingerprint == TrialConfig.parse(tiny | {"epochs": 3, "schedule": "wsd"}).fingerprint
+    with pytest.raises(ConfigError, match="epochs: expected anytime or anytime:COUNT"):
+        TrialConfig.parse(tiny | {"epochs": "anytimes"})

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from pipelines.config import ConfigError, TrialConfig
+from pipelines.config import ConfigError
 from pipelines.plan import plan_sweep
 from pipelines.records import EpochRecord, PowerRecord, Store
-from pipelines.sweep import lost_trial, run_sweep
-from pipelines.trial import TrialKey
+from pipelines.sweep import run_sweep
 from tune_spaces import Grid, Space
 
 
@@ -75,11 +73,3 @@ def test_a_gpu_asked_for_where_there_is_none_writes_nothing(tiny: dict[str, Any]
     finally:
         ray.shutdown()
     assert not (tmp_path / "out").exists()
-
-
-def test_a_dead_process_leaves_a_row_of_nulls(tiny: dict[str, Any]) -> None:
-    config = TrialConfig.parse(tiny)
-    record = lost_trial(config, TrialKey(sweep_id="s", trial_id=config.trial_id), reason="the trial's process died")
-    assert record.state == "FAILED"
-    values = dataclasses.asdict(record)
-    assert all(values[name] is None for name in values if name.endswith("_j"))

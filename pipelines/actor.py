@@ -1,0 +1,121 @@
+"""Ray Tune's side of a trial: an actor that runs one trial after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import logging
+import os
+import platform
+import warnings
+from typing import Any
+
+import torch
+from ray import tune
+
+from hwcost import EnergyMonitor
+from pipelines import recover
+from pipelines.config import TrialConfig
+from pipelines.heartbeat import Keeper, keeper_of
+from pipelines.journal import Journal, process_start
+from pipelines.provenance import device_columns, host_columns
+from pipelines.records import EpochRecord, Store
+from pipelines.trial import Trial, TrialKey
+
+
+class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
+    """One `step` is one `Trial.advance`. The process, its CUDA context and its monitor serve many trials; every trial
+    has windows of its own.
+    """
+
+    monitor: EnergyMonitor | None = None
+    keeper: Keeper | None = None
+    trial: Trial | None = None
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Take a trial; its work begins with the first step."""
+        quiet_libraries()
+        journal, store = Journal(config["out"], config["sweep_id"]), Store(config["out"])
+        self._watch(config, journal)
+        assert self.monitor is not None
+        self.monitor.system.clear()
+        trial_id = config["trial"]["trial_id"]
+        parsed = TrialConfig.parse({k: v for k, v in config["trial"].items() if k != "trial_id"})
+        spent_j = recover.spent_before(store, config["sweep_id"], trial_id, journal.attempts(trial_id))
+        attempt = journal.claim(trial_id, self._claim(parsed, spent_j))
+        key = TrialKey(sweep_id=config["sweep_id"], trial_id=trial_id, attempt=attempt)
+        self.trial = Trial(parsed, key, store, self.monitor, journal=journal, spent_j=spent_j, keeper=self.keeper)
+
+    def step(self) -> dict[str, Any]:
+        """Advance the trial; the result carries the row that was made (as text, which Tune does not take apart)."""
+        assert self.trial is not None
+        record = self.trial.advance()
+        row = json.dumps(dataclasses.asdict(record), default=_iso)
+        if isinstance(record, EpochRecord):
+            point = {"loss": record.eval_loss_nats, "joules": record.train_energy_j}
+            return {"epoch": record.epoch, "epoch_row": row, **point}
+        self._let_go()
+        return {"epoch": self.trial.epoch, "trial_row": row, "done": True}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial into this process: its imports and CUDA context are warm already."""
+        self._let_go()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """The actor is not needed any more. The driver writes the row of a trial that was stopped."""
+        self._let_go()
+        if self.keeper is not None:
+            self.keeper.close()
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: a trial keeps its own checkpoints."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing to load."""
+
+    def _watch(self, config: dict[str, Any], journal: Journal) -> None:
+        if self.monitor is None:
+            self.monitor = EnergyMonitor.for_assigned_devices(cpu_parallel=config["parallel"])
+            path = journal.beat_path(self._beats)
+            self.keeper = keeper_of(self.monitor, path, config.get("session", ""))
+
+    @property
+    def _beats(self) -> str:
+        return f"{platform.node()}-{os.getpid()}-{process_start(os.getpid())}"
+
+    def _claim(self, config: TrialConfig, spent_j: float | None) -> dict[str, Any]:
+        assert self.monitor is not None
+        return {
+            "config": config.model_dump(mode="json"),
+            "node": platform.node(),
+            "pid": os.getpid(),
+            "start": process_start(os.getpid()),
+            "beats": self._beats if self.keeper is not None else None,
+            "spent_j": spent_j,
+            "source": self.monitor.source,
+            "started_at": dt.datetime.now(dt.UTC).isoformat(),
+            "host_columns": host_columns(),
+            "device_columns": device_columns(self.monitor, None),
+        }
+
+    def _let_go(self) -> None:
+        if self.trial is not None:
+            self.trial.ledger.close()
+            self.trial.release()
+
+
+def quiet_libraries() -> None:
+    """Keep third-party chatter out of a trial's output; errors still show."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_float32_matmul_precision("high")
+
+
+def _iso(value: Any) -> str:
+    return str(value.isoformat())

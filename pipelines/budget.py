@@ -1,0 +1,87 @@
+"""When a sweep has spent enough: joules of its own ledger, hours, or a front that no longer grows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from ray import tune
+
+from pipelines import fronts
+from pipelines.plan import SweepPlan
+from pipelines.records import TrialRecord
+
+_LOOK_EVERY_S = 1.0
+#: A hypervolume that grew by less than this share did not grow.
+_GROWTH = 1e-3
+
+
+def stalls(points: Sequence[tuple[float, float]], count: int) -> bool:
+    """Whether the last `count` points added (almost) nothing to the hypervolume of (log joules, loss).
+
+    The reference point is the worst of the points before them.
+    """
+    if len(points) <= count + 1:
+        return False
+    cost_NM = np.array([(math.log(joules), loss) for joules, loss in points])
+    reference_M = fronts.reference_point(cost_NM[:-count])
+    before = fronts.hypervolume(cost_NM[:-count], reference_M)
+    return fronts.hypervolume(cost_NM, reference_M) <= before * (1 + _GROWTH)
+
+
+class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
+    """Ends a sweep. `reason` says why, once it did.
+
+    Args:
+        read_j: joules of the sweep so far, lost work and idle time included; None where nothing is counted.
+        before_s: seconds of earlier sessions.
+    """
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        read_j: Callable[[], float | None],
+        rows: Sequence[TrialRecord] = (),
+        before_s: float = 0.0,
+    ) -> None:
+        self.plan, self.read_j = plan, read_j
+        self.reason: str | None = None
+        self._start_s = time.monotonic() - before_s
+        self._points: list[tuple[float, float]] = []
+        self._looked_s = -math.inf
+        for row in sorted(rows, key=lambda row: row.started_at):
+            self.saw(row)
+
+    def saw(self, row: TrialRecord) -> None:
+        """A trial ended."""
+        joules, loss = row.train_energy_j, row.eval_loss_nats
+        if row.state == "COMPLETED" and joules and loss is not None and math.isfinite(loss):
+            self._points.append((joules, loss))
+
+    def __call__(self, trial_id: str, result: dict[str, object]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """Asked by Ray Tune many times a second."""
+        now = time.monotonic()
+        if self.reason is None and now - self._looked_s >= _LOOK_EVERY_S:
+            self._looked_s = now
+            self.reason = self._judge(now)
+        return self.reason is not None
+
+    def _judge(self, now: float) -> str | None:
+        plan = self.plan
+        if plan.max_hours is not None and now - self._start_s >= 3600 * plan.max_hours:
+            return f"max_hours: {plan.max_hours:g} h have passed"
+        if plan.stall is not None and stalls(self._points, plan.stall):
+            return f"stop_when_hypervolume_stalls: the last {plan.stall} trials added nothing to the front"
+        if plan.max_joules is not None:
+            spent_j = self.read_j()
+            if spent_j is not None and spent_j >= plan.max_joules:
+                return f"max_joules: {spent_j:,.0f} J of {plan.max_joules:,.0f} J are spent"
+        return None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}

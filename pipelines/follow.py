@@ -1,0 +1,149 @@
+"""The driver's eye on a running sweep: terminal, MLflow, rows for attempts that could not write their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import time
+from typing import Any
+
+import ray
+from ray import tune
+
+from pipelines import recover
+from pipelines.budget import Budget
+from pipelines.config import TrialConfig
+from pipelines.faults import passing
+from pipelines.journal import Journal
+from pipelines.plan import SweepPlan
+from pipelines.progress import Progress
+from pipelines.records import EpochRecord, PowerRecord, Store, TrialRecord
+from pipelines.tracking import Tracker
+from pipelines.trial_rows import parse_row
+
+_RENEW_EVERY_S = 5.0
+#: Without a limit of the user's, a trial is taken for hung after so many times the longest stretch between reports.
+_HUNG_FACTOR, _HUNG_LEAST_S = 20.0, 900.0
+
+
+class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
+    """Follows the trials in the driver."""
+
+    def __init__(
+        self, plan: SweepPlan, out: str, tracking_uri: str | None, budget: Budget, timeout_s: float | None = None
+    ) -> None:
+        self.plan, self.out, self.tracking_uri, self.budget = plan, out, tracking_uri, budget
+        self.timeout_s = timeout_s
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+        """Build clients here: Tune pickles callbacks before."""
+        self.store, self.journal = Store(self.out), Journal(self.out, self.plan.sweep_id)
+        self.tracker = Tracker.open(self.out, self.tracking_uri)
+        rules = {"search": self.plan.search, "scheduler": self.plan.scheduler}
+        self.tracker.start_sweep(self.plan.sweep_id, self.plan.space, question=self.plan.question, params=rules)
+        self.progress = Progress(self.plan.trials, expected=self.plan.samples if self.plan.is_adaptive else None)
+        self.epochs: dict[str, list[EpochRecord]] = {}
+        self.heard_s: dict[str, float] = {}
+        self.hung: set[str] = set()
+        self.longest_s = 0.0
+        self._renewed_s = 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say that a trial began."""
+        values = trial.config["trial"]
+        self.heard_s[values["trial_id"]] = time.monotonic()
+        self.progress.started(values["trial_id"], values)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Show and mirror an epoch, or the whole trial."""
+        self._heard(trial.config["trial"]["trial_id"])
+        if "trial_row" in result:
+            passing("driver.end")
+            row = parse_row(result["trial_row"] if self.plan.is_adaptive else result.pop("trial_row"))
+            result["state"] = row.state
+            self._finished(row)
+        elif "epoch_row" in result:
+            passing("driver.report")
+            record = EpochRecord(**json.loads(result.pop("epoch_row")))
+            self.epochs.setdefault(record.trial_id, []).append(record)
+            self.progress.epoch(record)
+            self.tracker.log_epoch(record)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial that ended without a row of its own was stopped by the scheduler."""
+        self._write_missing(trial, "scheduler", alive=True)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """An attempt died and another one follows: its joules are booked first."""
+        self._write_missing(trial, self._cause(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The actor died and no attempt follows, so nobody else can write the row."""
+        self._write_missing(trial, self._cause(trial))
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look for hung trials, and say that this driver is alive."""
+        now = time.monotonic()
+        if now - self._renewed_s < _RENEW_EVERY_S:
+            return
+        self._renewed_s = now
+        self.journal.renew()
+        limit_s = self.timeout_s or max(_HUNG_LEAST_S, _HUNG_FACTOR * self.longest_s)
+        for trial in trials:
+            trial_id = trial.config.get("trial", {}).get("trial_id")
+            if trial.status == "RUNNING" and now - self.heard_s.get(trial_id, now) > limit_s:
+                self.heard_s[trial_id] = now
+                self.hung.add(trial_id)
+                end_actor(trial, self.journal, trial_id)
+
+    def _heard(self, trial_id: str) -> None:
+        now = time.monotonic()
+        self.longest_s = max(self.longest_s, now - self.heard_s.get(trial_id, now))
+        self.heard_s[trial_id] = now
+
+    def _cause(self, trial: Any) -> str:
+        trial_id = trial.config["trial"]["trial_id"]
+        if trial_id in self.hung:
+            self.hung.discard(trial_id)
+            return "timeout"
+        return "died"
+
+    def _write_missing(self, trial: Any, ended_by: str, *, alive: bool = False) -> None:
+        trial_id = trial.config["trial"]["trial_id"]
+        rows = recover.write_missing(self.store, self.journal, ended_by=ended_by, trial_id=trial_id, alive=alive)
+        if not rows and not alive and not self.journal.attempts(trial_id):
+            rows = [self._never_began(trial)]
+        for row in rows:
+            self._finished(row)
+
+    def _never_began(self, trial: Any) -> TrialRecord:
+        """The row of a trial whose actor did not even come up."""
+        values = {k: v for k, v in trial.config["trial"].items() if k != "trial_id"}
+        config = TrialConfig.parse(values)
+        self.journal.claim(config.trial_id, recover.empty_claim(config))
+        (row,) = recover.write_missing(self.store, self.journal, ended_by="died", trial_id=config.trial_id)
+        return row
+
+    def _finished(self, record: TrialRecord) -> None:
+        self.budget.saw(record)
+        self.progress.finished(record)
+        where = self.store.path(PowerRecord, record.sweep_id, record.trial_id, record.attempt)
+        self.tracker.log_trial(record, self.epochs.pop(record.trial_id, []), where)
+
+
+def end_actor(trial: Any, journal: Journal, trial_id: str) -> None:
+    """Kill a trial's process: through Ray, and on this host by the signal that a stopped process obeys too."""
+    with contextlib.suppress(Exception):
+        ray.kill(trial.temporary_state.ray_actor, no_restart=True)
+    claims = journal.claims_of(trial_id)
+    if claims and claims[-1]["node"] == platform.node():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(claims[-1]["pid"], signal.SIGKILL)

@@ -1,0 +1,204 @@
+"""Multi-objective search by Optuna as a Ray Tune searcher that tells the sampler the truth.
+
+Ray's own OptunaSearch tells a trial that was stopped early as complete with its partial joules, leaves a failed one
+running for ever, and forgets conditions. Here a completed trial is told with its values, anything else as failed:
+a sampler learns from what is known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import optuna
+from ray import tune
+
+from pipelines.config import ConfigError, TrialConfig
+from pipelines.plan import SweepPlan
+from pipelines.records import TrialRecord
+from pipelines.trial_rows import parse_row
+from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform
+
+_TRIES = 20  # draws of an experiment that ran already before a new seed of it is taken
+
+
+def sampler_of(search: str, samples: int, seed: int = 0) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler; NSGA-II's population fits the number of trials, or it would only draw at random."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if search == "tpe":
+            start = max(4, min(10, samples // 4))
+            return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed, n_startup_trials=start)
+        if search == "nsga2":
+            return optuna.samplers.NSGAIISampler(population_size=max(4, min(50, samples // 5)), seed=seed)
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=max(4, min(10, samples // 4)))
+
+
+def distribution_of(domain: Domain) -> Any:
+    """A domain as Optuna knows it; values of a list by their place, for they may be lists themselves."""
+    match domain:
+        case Grid(values) | Choice(values):
+            return optuna.distributions.CategoricalDistribution(range(len(values)))
+        case Uniform(low, high):
+            return optuna.distributions.FloatDistribution(low, high)
+        case LogUniform(low, high):
+            return optuna.distributions.FloatDistribution(low, high, log=True)
+        case IntRange(low, high):
+            return optuna.distributions.IntDistribution(low, high)
+
+
+def value_of(domain: Domain, drawn: Any) -> Any:
+    """What Optuna's value stands for in the space."""
+    return domain.values[drawn] if isinstance(domain, Grid | Choice) else drawn
+
+
+def drawn_of(domain: Domain, value: Any) -> Any:
+    """The reverse; ValueError where the value is not in the domain."""
+    if isinstance(domain, Grid | Choice):
+        return [json.dumps(v) for v in domain.values].index(json.dumps(value))
+    return value
+
+
+class Study:
+    """Ask for configurations, tell outcomes. Knows nothing of Ray."""
+
+    def __init__(self, space: Space, objectives: Iterable[str], sampler: optuna.samplers.BaseSampler) -> None:
+        self.space = space
+        self.axes = [axis.partition(":")[::2] for axis in objectives]
+        directions = ["maximize" if direction == "max" else "minimize" for _, direction in self.axes]
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.study = optuna.create_study(directions=directions, sampler=sampler)
+        self.threads: int | None = None  # what a CPU trial gets where its space does not say
+        self.known: dict[str, tuple[float, ...] | None] = {}
+        self.asked: dict[str, optuna.Trial] = {}
+
+    def ask(self) -> TrialConfig:
+        """The next configuration; one that ran already is told again, and after that a new seed of it is taken."""
+        for _ in range(_TRIES):
+            trial = self.study.ask()
+            config = TrialConfig.parse(self._draw(trial))
+            if config.trial_id not in self.known and config.trial_id not in self.asked:
+                self.asked[config.trial_id] = trial
+                return config
+            self._tell(trial, self.known.get(config.trial_id))
+        trial = self.study.ask()
+        config = TrialConfig.parse(self._draw(trial))
+        while config.trial_id in self.known or config.trial_id in self.asked:
+            config = config.model_copy(update={"seed": config.seed + 1})
+        self.asked[config.trial_id] = trial
+        return config
+
+    def tell(self, trial_id: str, row: TrialRecord | None) -> None:
+        """The outcome of a trial; None: it left no row."""
+        values = self.values_of(row)
+        self.known[trial_id] = values
+        trial = self.asked.pop(trial_id, None)
+        if trial is not None:
+            self._tell(trial, values)
+
+    def remember(self, row: TrialRecord) -> None:
+        """An outcome of an earlier session."""
+        values = self.values_of(row)
+        self.known[row.trial_id] = values
+        settings, params, distributions = json.loads(row.config_json), {}, {}
+        for key, domain in self.space.domains.items():
+            if key in self.space.resolve({**{k: settings.get(k) for k in self.space.domains}}):
+                try:
+                    params[key] = drawn_of(domain, settings[key])
+                except (KeyError, ValueError):
+                    continue
+                distributions[key] = distribution_of(domain)
+        state = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
+        self.study.add_trial(
+            optuna.trial.create_trial(state=state, params=params, distributions=distributions, values=values)
+        )
+
+    def values_of(self, row: TrialRecord | None) -> tuple[float, ...] | None:
+        """The objectives of a completed trial; None where one is missing or not a number."""
+        if row is None or row.state != "COMPLETED":
+            return None
+        values = [getattr(row, name) for name, _ in self.axes]
+        return tuple(values) if all(v is not None and math.isfinite(v) for v in values) else None
+
+    def _tell(self, trial: optuna.Trial, values: tuple[float, ...] | None) -> None:
+        if values is None:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self.study.tell(trial, values)
+
+    def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
+        """Only keys whose condition holds are drawn: a sampler sees the conditions."""
+        point: dict[str, Any] = {}
+        waiting = dict(self.space.domains)
+        while waiting:
+            ready = [k for k in waiting if not (set(self.space.conditions.get(k, {})) & set(waiting))] or list(waiting)
+            for key in ready:
+                domain = waiting.pop(key)
+                when = self.space.conditions.get(key, {})
+                known = {**self.space.fixed, **point}
+                if all(known.get(other) in allowed for other, allowed in when.items()):
+                    point[key] = value_of(domain, trial._suggest(key, distribution_of(domain)))
+        return {**self.space.fixed, **point}
+
+
+class StudySearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
+    """The study as a Ray Tune searcher: whole configurations of actors go out, rows come back.
+
+    Args:
+        common: what every actor's configuration holds.
+        unfinished: trials of an earlier session that run first.
+    """
+
+    def __init__(self, study: Study, common: Mapping[str, Any], unfinished: Iterable[TrialConfig], count: int) -> None:
+        super().__init__()
+        self.study, self.common, self.count = study, dict(common), count
+        self._first = list(unfinished)
+        self._names: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The configuration of Ray's next trial."""
+        if self.count <= 0:
+            return tune.search.Searcher.FINISHED
+        self.count -= 1
+        config = self._first.pop(0) if self._first else self.study.ask()
+        if config.threads is None:
+            config = config.model_copy(update={"threads": self.study.threads})
+        self._names[trial_id] = config.trial_id
+        return {**self.common, "trial": {"trial_id": config.trial_id, **config.model_dump(mode="json")}}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study; a trial that was stopped or died has no finished row."""
+        text = (result or {}).get("trial_row")
+        row = parse_row(text) if text and not error else None
+        if trial_id in self._names:
+            self.study.tell(self._names[trial_id], row)
+
+    def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
+        """Objectives and space are set already."""
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the tables remember."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the tables remember."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def study_of(plan: SweepPlan, rows: Iterable[TrialRecord]) -> Study:
+    """The study of a plan, with what earlier sessions found."""
+    space = plan.loaded_space()
+    if not space.domains:
+        raise ConfigError(f"search: expected a space with domains for {plan.search}, got fixed values only")
+    study = Study(space, plan.objectives, sampler_of(plan.search, plan.samples or 1))
+    for row in rows:
+        study.remember(row)
+    return study
+
+
+__all__ = ["Study", "StudySearch", "sampler_of", "study_of"]
