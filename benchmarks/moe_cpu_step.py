@@ -2,8 +2,8 @@
 
     python benchmarks/moe_cpu_step.py [--repetitions 7] [--threads 2]
 
-2 layers, width 64, 6 experts of 256 neurons, 8 x 128 tokens, fp32, AdamW; one table per K. "layers only" leaves out the
-embedding, head and optimizer, which both share.
+2 layers, width 64, 6 experts of 256 neurons, 512 vocabulary entries, 8 x 128 tokens, fp32, AdamW, no dropout. The MoE
+layer alone (forward and backward) is measured beside the whole step, of which attention, head and optimizer are shared.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from peer import PeerConfig, PeerLMHeadModel, backend
 
 from moe import MoEGPT2Config
 from moe.modeling import MoEGPT2LMHeadModel
+from moe.routing import Tokens
 
-BATCH, LENGTH, E, WIDTH, VOCABULARY = 8, 128, 6, 256, 4096
-SHAPE = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": LENGTH, "use_cache": False}
+BATCH, LENGTH, E, WIDTH, VOCABULARY = 8, 128, 6, 256, 512
+SHAPE = {
+    "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": LENGTH, "use_cache": False,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
 
 
 def build(name: str, k: int) -> torch.nn.Module:
@@ -43,6 +47,22 @@ def training_step(model: torch.nn.Module, ids_BS: torch.Tensor) -> Case:
     return case
 
 
+def layer_step(model: torch.nn.Module) -> Case:
+    """Forward and backward of one MoE layer: router, experts, combine."""
+    block = model.transformer.h[0]
+    x_BSD = torch.randn(BATCH, LENGTH, SHAPE["n_embd"], requires_grad=True)
+    dy_BSD = torch.randn_like(x_BSD)
+    tokens = (Tokens(batch_size=BATCH, position_T=torch.arange(LENGTH).repeat(BATCH)),)
+    extra = tokens if isinstance(model, MoEGPT2LMHeadModel) else ()
+    inputs = [x_BSD, *block.mlp.parameters()]
+
+    def case() -> None:
+        y = block.mlp(x_BSD, *extra)
+        torch.autograd.grad(y[0] if isinstance(y, tuple) else y, inputs, dy_BSD, allow_unused=True)
+
+    return case
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
@@ -53,9 +73,12 @@ def main() -> None:
     torch.manual_seed(0)
     ids_BS = torch.randint(VOCABULARY, (BATCH, LENGTH))
     for k in (1, 2):
-        cases = {name: training_step(build(name, k), ids_BS) for name in ("transformers' eager experts", "ours")}
-        runs = interleave(cases, repetitions=args.repetitions, seconds=args.seconds)
-        print_table(f"CPU training step, {args.threads} threads, K={k}", runs, "transformers' eager experts")
+        models = {name: build(name, k) for name in ("eager", "ours")}
+        steps = {name: training_step(model, ids_BS) for name, model in models.items()}
+        layers = {name: layer_step(model) for name, model in models.items()}
+        for what, cases in (("training step", steps), ("MoE layer", layers)):
+            runs = interleave(cases, repetitions=args.repetitions, seconds=args.seconds)
+            print_table(f"CPU, {args.threads} threads, {what}, K={k}", runs, "eager")
 
 
 if __name__ == "__main__":

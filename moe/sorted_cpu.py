@@ -33,8 +33,7 @@ def _order(slot_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def _groups(count_N: Tensor, widths: Sequence[int]) -> Iterator[_Group]:
     start = 0
     for n, (count, neurons) in enumerate(zip(count_N.tolist(), neuron_slices(widths), strict=True)):
-        if count:
-            yield _Group(n, slice(start, start + count), neurons)
+        yield _Group(n, slice(start, start + count), neurons)
         start += count
 
 
@@ -56,10 +55,11 @@ def sorted_experts(
     gated = gate_PD is not None
     order_R, count_N = _order(slot_TK, len(widths))
     token_R = order_R // K
-    x_RD = x_TD[token_R]
+    x_RD = x_TD.index_select(0, token_R)
     pre_RW = x_TD.new_empty(T * K, max(widths) * (2 if gated else 1))
     hidden_RW = x_TD.new_empty(T * K, max(widths))
-    out_RD = torch.zeros_like(x_RD)
+    out_RD = torch.empty_like(x_RD)
+    out_RD[int(count_N.sum()) :] = 0  # what computes nothing
     for n, rows, neurons in _groups(count_N, widths):
         width = neurons.stop - neurons.start
         pre, hidden = pre_RW[rows, :width], hidden_RW[rows, :width]
@@ -71,17 +71,16 @@ def sorted_experts(
             torch.addmm(gate_bias_P[neurons], x_RD[rows], gate_PD[neurons].T, out=gate)
             torch.mul(F.silu(gate), pre, out=hidden)
         torch.addmm(down_bias_ND[n], hidden, down_PD[neurons], out=out_RD[rows])
-    y_TD = torch.zeros_like(x_TD)
-    _accumulate(y_TD, token_R, out_RD * weight_TK.reshape(-1)[order_R].to(x_TD.dtype)[:, None], K)
-    return y_TD, pre_RW, hidden_RW, out_RD, order_R, count_N
+    scaled_RD = out_RD * weight_TK.reshape(-1)[order_R].to(x_TD.dtype)[:, None]
+    return _per_token(scaled_RD, order_R, K), pre_RW, hidden_RW, out_RD, order_R, count_N
 
 
-def _accumulate(total_TD: Tensor, token_R: Tensor, rows_RD: Tensor, choices: int) -> None:
-    """Add rows to their tokens; with one choice per token it is a plain permutation."""
-    if choices == 1:
-        total_TD[token_R] = rows_RD
-    else:
-        total_TD.index_add_(0, token_R, rows_RD)
+def _per_token(rows_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
+    """The sum of each token's rows, y_TD."""
+    place_R = torch.empty_like(order_R)
+    place_R[order_R] = torch.arange(order_R.numel())
+    rows_RD = rows_RD.index_select(0, place_R)
+    return rows_RD if choices == 1 else rows_RD.view(-1, choices, rows_RD.shape[1]).sum(1)
 
 
 @sorted_experts.register_fake
@@ -106,14 +105,15 @@ def sorted_experts_backward(
     x_TD, weight_TK, up_PD, down_PD, pre_RW, hidden_RW, out_RD, order_R, count_N = saved
     K = weight_TK.shape[1]
     token_R = order_R // K
-    x_RD, dy_RD = x_TD[token_R], dy_TD[token_R]
+    x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
     dweight_R = torch.empty_like(weight_TK).reshape(-1)
     dweight_R[order_R] = (dy_RD * out_RD).sum(1).to(weight_TK.dtype)
     dout_RD = dy_RD * weight_TK.reshape(-1)[order_R].to(dy_TD.dtype)[:, None]
-    dx_RD = torch.zeros_like(x_RD)
-    d_up, d_down, d_up_bias = torch.zeros_like(up_PD), torch.zeros_like(down_PD), up_PD.new_zeros(up_PD.shape[0])
-    d_down_bias = up_PD.new_zeros(len(widths), x_TD.shape[1])
-    d_gate = [] if gate_PD is None else [torch.zeros_like(gate_PD), torch.zeros_like(d_up_bias)]
+    dx_RD = torch.empty_like(x_RD)
+    dx_RD[int(count_N.sum()) :] = 0
+    d_up, d_down, d_up_bias = torch.empty_like(up_PD), torch.empty_like(down_PD), up_PD.new_empty(up_PD.shape[0])
+    d_down_bias = up_PD.new_empty(len(widths), x_TD.shape[1])
+    d_gate = [] if gate_PD is None else [torch.empty_like(gate_PD), torch.empty_like(d_up_bias)]
     for n, rows, neurons in _groups(count_N, widths):
         width = neurons.stop - neurons.start
         pre, hidden, dout = pre_RW[rows, :width], hidden_RW[rows, :width], dout_RD[rows]
@@ -122,6 +122,7 @@ def sorted_experts_backward(
         d_hidden = dout @ down_PD[neurons].T
         if gate_PD is None:
             d_pre = torch.ops.aten.gelu_backward(d_hidden, pre, approximate="tanh")
+            torch.mm(d_pre, up_PD[neurons], out=dx_RD[rows])
         else:
             gate = pre_RW[rows, width : 2 * width]
             d_pre = d_hidden * F.silu(gate)
@@ -129,11 +130,10 @@ def sorted_experts_backward(
             torch.mm(dg.T, x_RD[rows], out=d_gate[0][neurons])
             torch.sum(dg, 0, out=d_gate[1][neurons])
             torch.mm(dg, gate_PD[neurons], out=dx_RD[rows])
+            dx_RD[rows].addmm_(d_pre, up_PD[neurons])
         torch.mm(d_pre.T, x_RD[rows], out=d_up[neurons])
         torch.sum(d_pre, 0, out=d_up_bias[neurons])
-        dx_RD[rows].addmm_(d_pre, up_PD[neurons])
-    dx_TD = torch.zeros_like(x_TD)
-    _accumulate(dx_TD, token_R, dx_RD, K)
+    dx_TD = _per_token(dx_RD, order_R, K)
     return [dx_TD, dweight_R.view_as(weight_TK), d_up, d_up_bias, d_down, d_down_bias, *d_gate]
 
 
