@@ -17,6 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from pipelines.records import Store
+    from pipelines.tracking import Tracker
 
 Out = Annotated[str, typer.Argument(help="Folder (or URI) with the results.")]
 Sweep = Annotated[str | None, typer.Option(help="Sweep id; default: the newest.")]
@@ -74,7 +75,8 @@ def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str,
     console.print(f"Report: {paths[0]}", markup=False, soft_wrap=True)
     if links:
         console.print(f"MLflow: joulemoe ui {out}", markup=False, soft_wrap=True)
-        console.print(f"Compare the trials there: {tracker.compare_url(sweep_id)}", markup=False, soft_wrap=True)
+        for line in _link_lines(tracker, sweep_id):
+            console.print(line, markup=False, soft_wrap=True)
     return True
 
 
@@ -180,11 +182,11 @@ def report(
                     typer.echo(f"{page} written; it reloads itself")
             except KeyboardInterrupt:
                 return
-        links, compare_link = _links(out, sweep_id, tracking_uri)
+        links, lines = _links(out, sweep_id, tracking_uri)
         for path in write_report(out, sweep_id, links=links, bill=bill, every_figure=every_figure):
             typer.echo(str(path))
-    if compare_link:
-        typer.echo(f"Compare the trials in MLflow (joulemoe ui {out}): {compare_link}")
+    for line in lines:
+        typer.echo(line)
 
 
 def export(
@@ -243,8 +245,9 @@ def ui(
 
     with _one_line():
         tracker = Tracker.open(out, tracking_uri)
-        link = tracker.compare_url(_sweep(Store(out), sweep), f"http://127.0.0.1:{port}")
-    typer.echo(f"Compare the trials: {link}")
+        lines = _link_lines(tracker, _sweep(Store(out), sweep), f"http://127.0.0.1:{port}")
+    for line in lines:
+        typer.echo(line)
     command = ui_command(out, port=port, tracking_uri=tracking_uri)
     sys.stdout.flush()
     os.execv(command[0], command)
@@ -257,16 +260,24 @@ def schema() -> None:
     typer.echo(schema_markdown())
 
 
-def _links(out: str, sweep_id: str, tracking_uri: str | None) -> tuple[dict[str, str], str]:
-    """Addresses of the trials' runs and of their comparison; empty where MLflow does not answer."""
+def _link_lines(tracker: Tracker, sweep_id: str, base: str = "http://127.0.0.1:5000") -> list[str]:
+    """The two pages of the MLflow UI that show all trials at once."""
+    return [
+        f"Loss against joules, parallel coordinates: {tracker.charts_url(sweep_id, base)}",
+        f"Compare the trials: {tracker.compare_url(sweep_id, base)}",
+    ]
+
+
+def _links(out: str, sweep_id: str, tracking_uri: str | None) -> tuple[dict[str, str], list[str]]:
+    """Addresses of the trials' runs and of the pages that compare them; empty where MLflow does not answer."""
     from pipelines.tracking import Tracker
 
     try:
         tracker = Tracker.open(out, tracking_uri)
         links = tracker.run_urls(sweep_id)
-        return links, tracker.compare_url(sweep_id) if links else ""
+        return links, _link_lines(tracker, sweep_id) if links else []
     except Exception:
-        return {}, ""
+        return {}, []
 
 
 def _console() -> Console:

@@ -19,7 +19,6 @@ PARAMS = (
     "energy_lambda",
     "top_k",
     "num_experts",
-    "expert_widths",
     "price",
     "regularizer",
     "regularizer_weight",
@@ -49,6 +48,7 @@ _TAGS = (
     "throttled",
     "host",
     "git_sha",
+    "expert_widths",
 )
 _KEYS = ("sweep_id", "trial_id", "attempt", "epoch")
 _TAG_LIMIT = 5000
@@ -120,3 +120,39 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def chart_view(sweep_id: str) -> tuple[str, str]:
+    """A view of the MLflow UI's chart page: loss against joules and seconds, parallel coordinates, curves.
+
+    The UI keeps shared views as tags of the experiment; a link that names the view's key opens it.
+
+    Returns:
+        The view's key, and its JSON.
+    """
+    section = "joulemoe-front"
+    base = {"metricSectionId": section, "deleted": False, "isGenerated": False, "runsCountToCompare": 1000}
+    joules, loss = {"key": "train_energy_j", "type": "METRIC"}, {"key": "eval_loss_nats", "type": "METRIC"}
+    seconds = {"key": "train_duration_s", "type": "METRIC"}
+    curve = {"type": "LINE", "metricKey": "epoch/eval_loss_nats", "xAxisKey": "step", "useGlobalXaxisKey": False}
+    axes = {
+        "selectedParams": ["router", "top_k", "energy_lambda", "regularizer"],
+        "selectedMetrics": ["decode_j_per_token", "train_energy_j", "eval_loss_nats"],
+    }
+    cards = [
+        {"type": "SCATTER", "displayName": "Loss against joules", "xaxis": joules, "yaxis": loss},
+        {"type": "PARALLEL", "displayName": "Configuration, joules, loss", "showAllRuns": True, **axes},
+        {"type": "SCATTER", "displayName": "Loss against seconds", "xaxis": seconds, "yaxis": loss},
+        {"displayName": "Loss over epochs", "selectedMetricKeys": ["epoch/eval_loss_nats"], **curve},
+    ]
+    view = {
+        "searchFilter": f"tags.sweep_id = '{sweep_id}' AND tags.kind = 'trial'",
+        "runsHiddenMode": "SHOW_ALL",
+        "compareRunCharts": [{**base, "uuid": f"joulemoe-{i}", **card} for i, card in enumerate(cards)],
+        "compareRunSections": [{"uuid": section, "name": "Front", "display": True, "isReordered": True}],
+        "isAccordionReordered": True,
+        "runListHidden": True,
+        "viewMaximized": True,
+    }
+    key = "joulemoe-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in sweep_id)
+    return key, json.dumps(view, separators=(",", ":"))

@@ -16,6 +16,7 @@ PHASES = (
     ("training", "train_energy_j"),
     ("load, compile, warm-up", "setup_energy_j"),
     ("evaluation", "eval_energy_j"),
+    ("decay branches", "branches_energy_j"),
     ("idle between windows", "idle_energy_j"),
     ("lost", "lost_energy_j"),
 )

@@ -24,6 +24,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol
 import pyarrow.parquet as pq
 
 from pipelines.mirrored import (
+    chart_view,
     compare_link,
     end_ms,
     epoch_metrics,
@@ -200,8 +201,17 @@ class Tracker:
         _, experiment = self._client()
         last = {trial: run for (trial, _), run in sorted(self._runs.items(), key=lambda item: item[0][1])}
         order = sorted(last.values(), key=lambda run: (run.info.start_time, run.info.run_id))
-        ids = [run.info.run_id for run in order if run.data.tags.get("state") != "FAILED"]
+        ids = [run.info.run_id for run in order if "eval_loss_nats" in run.data.metrics]
         return compare_link(ids, experiment, base)
+
+    def charts_url(self, sweep_id: str, base: str = DEFAULT_UI) -> str:
+        """The MLflow UI's chart page of the sweep's trials: loss against joules, parallel coordinates, curves."""
+        client, experiment = self._client()
+        key, view = chart_view(sweep_id)
+        tag = f"mlflow.sharedViewState.{key}"
+        if client.get_experiment(experiment).tags.get(tag) != view:
+            client.set_experiment_tag(experiment, tag, view)
+        return f"{base}/#/experiments/{experiment}/runs?viewStateShareKey={key}&compareRunsMode=CHART"
 
     # --- inside ----------------------------------------------------------------------------------------
 

@@ -1,0 +1,127 @@
+"""The commands that read results: what they print, and how they refuse."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from pipelines import cli_analysis, tracking
+from tests.pipelines import synthetic
+from tests.pipelines.synthetic import SWEEP, trial
+
+APP = typer.Typer()
+cli_analysis.register(APP)
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(APP, list(words), catch_exceptions=False)
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    synthetic.write(tmp_path, synthetic.sweep((1, 3, 2)))
+    return str(tmp_path)
+
+
+def test_a_front_as_table_json_and_csv(out: str) -> None:
+    assert "Pareto front: 3 of 3 configurations" in run("pareto", out)[1]
+    document = json.loads(run("pareto", out, "--format", "json")[1])
+    assert len(document["front"]) == 3
+    rows = list(csv.DictReader(io.StringIO(run("pareto", out, "--format", "csv", "--table", "points")[1])))
+    assert {row["epochs"] for row in rows} == {"1", "2"}
+
+
+def test_every_context_on_demand(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, [trial("a"), trial("b", energy_source="modelled")])
+    shown = run("pareto", str(tmp_path), "--all")[1]
+    assert shown.count("Pareto front") == 2
+    assert "modelled joules" in shown
+    mixed = run("pareto", str(tmp_path), "--mix")[1]
+    assert "2 configurations" in mixed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pareto", "OUT", "--x", "nope"], "axis: expected a numeric column of 'trials', got 'nope'"),
+        (["pareto", "OUT", "--sweep", "nope"], f"sweep: expected one of {SWEEP}, got 'nope'"),
+        (["pareto", "OUT/none"], "expected the results of a sweep, got none"),
+        (["pareto", "OUT", "--table", "nope"], "table: expected one of ['points', 'trials'], got 'nope'"),
+        (["compare", "OUT", "--baseline", "x", "--candidate", "router=energy"], "expected COLUMN=VALUE"),
+        (["compare", "OUT", "--baseline", "top_k=9", "--candidate", "router=energy"], "selects a completed trial"),
+        (["report", "OUT", "--sweep", "nope"], "sweep: expected one of"),
+        (["export", "OUT/none"], "expected the results of a sweep"),
+        (["mirror", "OUT/none"], "expected the results of a sweep"),
+        (["ui", "OUT/none"], "expected the results of a sweep"),
+        (["compact", "OUT/none"], "expected the results of a sweep"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_code_2(out: str, words: list[str], message: str) -> None:
+    code, _, problem = run(*[word.replace("OUT", out) for word in words])
+    assert code == 2
+    assert message in problem
+    assert len(problem.strip().splitlines()) == 1
+
+
+def test_compare_prints_its_verdict(out: str) -> None:
+    code, shown, _ = run("compare", out, "--baseline", "energy_lambda=0", "--candidate", "energy_lambda>0")
+    assert code == 0
+    assert "no evidence" in shown
+
+
+def test_export_and_schema(out: str, tmp_path: Path) -> None:
+    code, shown, _ = run("export", out, "--to", str(tmp_path / "csv"))
+    assert code == 0
+    assert len(shown.splitlines()) == 4
+    assert "## `trials`" in run("schema")[1]
+
+
+@pytest.mark.slow
+def test_a_sweep_concludes_with_front_report_and_links(out: str, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    assert cli_analysis.conclude_sweep(Console(file=shown, width=120), out, SWEEP, None)
+    text = shown.getvalue()
+    assert "Pareto front: 3 of 3 configurations" in text
+    assert f"Report: {tmp_path}/report/{SWEEP}/index.html" in text
+    assert "/#/compare-runs?runs=" in text
+    assert "viewStateShareKey" in text
+    assert (tmp_path / "report" / SWEEP / "front.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "trials" / f"sweep_id={SWEEP}").iterdir())) == 1
+    page = (tmp_path / "report" / SWEEP / "index.html").read_text()
+    assert "http://127.0.0.1:5000/#/experiments/1/runs/" in page
+
+
+def test_a_sweep_concludes_without_mlflow(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*_: object) -> None:
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(tracking.Tracker, "_client", down)
+    shown = io.StringIO()
+    assert cli_analysis.conclude_sweep(Console(file=shown, width=200), out, SWEEP, None)
+    assert "MLflow was left out (no server)" in shown.getvalue()
+    assert "Report:" in shown.getvalue()
+
+
+def test_a_sweep_without_a_front_says_so(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, [trial(state="FAILED", eval_loss_nats=None)])
+    assert not cli_analysis.conclude_sweep(Console(quiet=True), tmp_path, SWEEP, None)
+
+
+@pytest.mark.slow
+def test_ui_prints_the_links_and_serves_on_localhost(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[list[str]] = []
+    monkeypatch.setattr(cli_analysis.os, "execv", lambda path, command: served.append(command))
+    run("mirror", out)
+    code, shown, _ = run("ui", out, "--port", "5999")
+    assert code == 0
+    assert "http://127.0.0.1:5999/#/compare-runs?runs=" in shown
+    assert served[0][-4:] == ["--host", "127.0.0.1", "--port", "5999"]
