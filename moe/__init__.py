@@ -1,5 +1,7 @@
 """Mixture-of-Experts GPT-2: routers, regularizers, upcycling, metrics."""
 
+from moe.adaptation import EnergyAwareTTTRouter, HardwareFeedback, TTTReport, TTTSettings
+from moe.budget import BudgetController, Gains, PriceLearner, Reach
 from moe.callback import BalanceCallback
 from moe.config import MoEGPT2Config
 from moe.metrics import RoutingStats, RoutingSummary, agreement
@@ -13,14 +15,22 @@ __all__ = [
     "REGULARIZERS",
     "ROUTERS",
     "BalanceCallback",
+    "BudgetController",
+    "EnergyAwareTTTRouter",
+    "Gains",
+    "HardwareFeedback",
     "MoEGPT2Config",
     "MoEGPT2LMHeadModel",
     "MoEGPT2Model",
     "MoEGPT2Output",
+    "PriceLearner",
+    "Reach",
     "Router",
     "Routing",
     "RoutingStats",
     "RoutingSummary",
+    "TTTReport",
+    "TTTSettings",
     "Tokens",
     "agreement",
     "upcycle",

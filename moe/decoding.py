@@ -178,7 +178,7 @@ class Decoder:
             self.x_TD += block.mlp(self.normed_TD)
             return
         router = block.mlp.router
-        fused_router = type(router) in FUSED_ROUTERS
+        fused_router = type(router) in FUSED_ROUTERS and not router.keep_first
         if fused_router:
             self._route(block.ln_2, router, experts)
         else:

@@ -60,6 +60,7 @@ class Router(nn.Module, abc.ABC):
         self.top_k = config.num_experts_per_tok
         self.mixing, self.jitter = config.mixing, config.router_jitter
         self.balanced = config.bias_balance_rate > 0
+        self.keep_first = False  # set where routers are adapted at test time
         self.seed = config.router_seed * 1009 + layer
         if self.learned:
             self.gate = nn.Linear(config.n_embd, self.num_experts, bias=False)
@@ -188,10 +189,19 @@ class EnergyRouter(Router):
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE / self.temperature
         biased_TE = self.biased(score_TE)
-        expert_TK = top_k(biased_TE - self.price_E(), self.top_k)
+        priced_TE = biased_TE - self.price_E()
+        if self.keep_first:
+            priced_TE = self.with_first_kept(priced_TE)
+        expert_TK = top_k(priced_TE, self.top_k)
         weight_TK = self.mix(score_TE, score_TE.log_softmax(dim=-1), expert_TK)
         unpriced_TK = top_k(biased_TE, self.top_k)
         return self.routing(logits_TE, weight_TK, tokens, expert_TK=expert_TK, unpriced_TK=unpriced_TK)
+
+    def with_first_kept(self, priced_TE: Tensor) -> Tensor:
+        """Scores by which each token takes the expert that is its best without `offset_E`, whatever was adapted."""
+        trained_TE = priced_TE - self.offset_E / self.temperature
+        arange_E = torch.arange(self.num_experts, device=priced_TE.device)
+        return priced_TE.masked_fill(trained_TE.argmax(dim=-1, keepdim=True) == arange_E, torch.inf)
 
 
 class CapacityRouter(Router):
