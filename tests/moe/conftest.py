@@ -22,6 +22,12 @@ transformers_logging.disable_progress_bar()
 
 
 @pytest.fixture
+def fresh_dynamo() -> None:
+    """All models of a process share their code, and 8 compilations of one function are dynamo's limit."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def tiny() -> Callable[..., MoEGPT2LMHeadModel]:
     """A seeded tiny model: `tiny(router="energy", seed=1)`."""
 

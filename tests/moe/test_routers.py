@@ -221,6 +221,7 @@ def test_no_token_at_all(name: str) -> None:
     assert router(x_TD[:0], none).expert_TK.shape[0] == 0
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_routers_compile_without_a_graph_break(name: str) -> None:
     router, (x_TD, tokens) = make(name, energy_lambda=0.3, bias_balance_rate=0.1), text(padded=True)
