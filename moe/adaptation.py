@@ -271,15 +271,18 @@ class EnergyAwareTTTRouter:
             return 0.0, None
         tau = float(self.routers[0].temperature)
         step_LE, null_step = self._direction(grad_LE, logits, tau)
+        trained = [z_TE - b_E for z_TE, b_E in zip(logits, before_LE, strict=True)]
         scale, kl = self._capped(step_LE, logits, self.settings.kl_step, tau)
         after_LE = before_LE + scale * step_LE
-        shrink, _ = self._capped(after_LE, [z - b for z, b in zip(logits, before_LE, strict=True)], self.settings.kl_total, tau)
-        if shrink < 1:
+        shrink, _ = self._capped(after_LE, trained, self.settings.kl_total, tau)
+        if shrink < 1:  # as far from the trained router as allowed: come back, a retreat if need be
             events.append("total KL cap")
             after_LE = shrink * after_LE
             kl = float(_kl_L(after_LE - before_LE, logits, tau).max())
             if kl > self.settings.kl_step:
-                return 0.0, None
+                scale, (shrink, _) = 0.0, self._capped(before_LE, trained, self.settings.kl_total, tau)
+                after_LE = shrink * before_LE
+                kl = float(_kl_L(after_LE - before_LE, logits, tau).max())
         self._apply(after_LE)
         self._null = shrink * (self._null + scale * null_step)
         delta = self._canary_delta(after_LE)

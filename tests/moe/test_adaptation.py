@@ -1,0 +1,243 @@
+"""Test-time training: what it may change, what stops it, and that it gives everything back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe import BudgetController, EnergyAwareTTTRouter, Gains, HardwareFeedback, MoEGPT2LMHeadModel, TTTSettings
+from moe.adaptation import _kl_L
+
+Build = Callable[..., MoEGPT2LMHeadModel]
+GOOD = HardwareFeedback(energy_j=100.0, tokens=1000, duration_s=1.2)
+GAINS = Gains(integral=0.5, proportional=0.2, memory=0.5, lambda_max=3.0)
+KEYS: dict[str, Any] = {"router": "energy", "expert_widths": [64, 32, 16, 0], "energy_lambda": 0.2}
+
+
+def text(batch: int, length: int, seed: int) -> Tensor:
+    """Text with something to learn: every second token repeats the one before."""
+    ids_BS = torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+    ids_BS[:, 1::2] = ids_BS[:, ::2]
+    return ids_BS
+
+
+def adapting(tiny: Build, *, budget: float | None = None, **settings: Any) -> EnergyAwareTTTRouter:
+    controller = None if budget is None else BudgetController(budget, GAINS, start=0.2)
+    return EnergyAwareTTTRouter(
+        tiny(**KEYS), canary_BS=text(4, 32, 99), controller=controller, settings=TTTSettings(**settings)
+    )
+
+
+def weights(ttt: EnergyAwareTTTRouter) -> dict[str, Tensor]:
+    return {n: p.clone() for n, p in ttt.model.state_dict().items() if "offset_E" not in n}
+
+
+def test_an_update_changes_the_biases_and_nothing_else(tiny: Build) -> None:
+    ttt = adapting(tiny)
+    before, config = weights(ttt), ttt.model.config.to_dict()
+    ttt.predict(text(4, 32, 0))
+    report = ttt.ttt_update(update=True)
+    assert report.updated
+    assert ttt.offsets().abs().max() > 0
+    assert all(torch.equal(value, before[name]) for name, value in weights(ttt).items())
+    assert ttt.model.config.to_dict() == config
+    assert all(p.grad is None for p in ttt.model.parameters())
+
+
+def test_learning_lowers_the_loss_of_a_shifted_text(tiny: Build) -> None:
+    ttt = adapting(tiny, keep_first=False, learning_rate=0.5, kl_weight=0.0, kl_step=0.01, kl_total=10.0, canary_margin=9.0)
+    chunk_BS = text(16, 32, 5)
+    first = float(ttt.predict(chunk_BS))
+    for _ in range(60):
+        ttt.predict(chunk_BS)
+        ttt.ttt_update(update=True)
+    assert float(ttt.predict(chunk_BS)) < first - 0.003
+
+
+def test_it_is_causal_a_chunk_is_predicted_before_anything_learns_from_it(tiny: Build) -> None:
+    """The loss of a chunk is that of the router before it, whatever the chunk says; and an update without a new chunk
+    does nothing."""
+    losses = []
+    for last in (7, 8):
+        ttt = adapting(tiny)
+        ttt.predict(text(4, 32, 0))
+        ttt.ttt_update(update=True)
+        ttt.predict(text(4, 32, last))
+        losses.append(ttt.offsets())
+        ttt.ttt_update(update=True)
+        assert not torch.equal(ttt.offsets(), losses[-1])
+        assert not ttt.ttt_update(update=True).updated
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("rate", [0.05, 1.0, 1000.0])
+def test_the_kl_cap_is_never_exceeded(tiny: Build, rate: float) -> None:
+    ttt = adapting(tiny, learning_rate=rate, kl_step=1e-3, kl_total=4e-3, canary_margin=math.inf, kl_weight=0.0)
+    for step in range(15):
+        chunk_BS = text(4, 32, step)
+        ttt.predict(chunk_BS)
+        with torch.no_grad():
+            output = ttt.model(chunk_BS, output_routing=True)
+        logits, before_LE = [r.logits_TE for r in output.routing], ttt.offsets()
+        report = ttt.ttt_update(update=True)
+        after_LE = ttt.offsets()
+        assert report.kl <= 1e-3
+        assert _kl_L(after_LE - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
+        trained = [z - b for z, b in zip(logits, before_LE, strict=True)]
+        assert _kl_L(after_LE, trained, 1.0).max() <= 4e-3 * 1.001
+
+
+def test_each_token_keeps_the_expert_that_the_trained_router_likes_best(tiny: Build) -> None:
+    ttt = adapting(tiny)
+    chunk_BS = text(4, 32, 0)
+    with torch.no_grad():
+        trained = ttt.model(chunk_BS, output_routing=True).routing[0]
+        for router in ttt.routers:
+            router.offset_E.copy_(torch.tensor([-50.0, 50.0, 50.0, -50.0]))
+        adapted = ttt.model(chunk_BS, output_routing=True).routing[0]
+    first_T1 = trained.expert_TK[:, :1]
+    assert (adapted.expert_TK == first_T1).any(dim=1).all()
+    assert not torch.equal(adapted.expert_TK.sort().values, trained.expert_TK.sort().values)
+    assert (adapted.expert_TK[:, 0] != adapted.expert_TK[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"energy_j": None}, {"energy_j": math.nan}, {"energy_j": -5.0}, {"energy_j": math.inf}, {"age_s": 60.0},
+     {"age_s": math.nan}, {"duration_s": 0.0}, {"tokens": 0}],
+)  # fmt: skip
+def test_bad_telemetry_gives_the_trained_router_and_leaves_lambda(tiny: Build, change: dict[str, Any]) -> None:
+    ttt = adapting(tiny, budget=0.09)
+    ttt.predict(text(4, 32, 0))
+    ttt.ttt_update(GOOD, update=True)
+    learnt_LE, energy_lambda = ttt.offsets(), ttt.model.config.energy_lambda
+    assert learnt_LE.abs().max() > 0
+    for _ in range(3):
+        ttt.predict(text(4, 32, 1))
+        report = ttt.ttt_update(dataclasses.replace(GOOD, **change), update=True)
+        assert report.events[0].startswith("telemetry")
+        assert not report.updated
+        assert torch.equal(ttt.offsets(), torch.zeros_like(learnt_LE))
+        assert ttt.model.config.energy_lambda == energy_lambda
+    assert "telemetry back" in ttt.ttt_update(GOOD, update=False).events
+    assert torch.equal(ttt.offsets(), learnt_LE)
+    assert ttt.model.config.energy_lambda != energy_lambda
+
+
+def test_feedback_is_gathered_until_the_window_is_long_enough(tiny: Build) -> None:
+    ttt = adapting(tiny, budget=0.1)
+    part = HardwareFeedback(energy_j=30.0, tokens=250, duration_s=0.3)
+    reports = [ttt.ttt_update(part, update=False) for _ in range(4)]
+    assert [r.j_per_token for r in reports] == [None, None, None, pytest.approx(0.12)]
+    assert reports[3].energy_lambda > reports[2].energy_lambda == pytest.approx(0.2)
+
+
+def test_drop_outs_in_between_do_not_stop_the_controller(tiny: Build) -> None:
+    """A plant whose joules follow λ through telemetry of which a third is lost."""
+    ttt, energies = adapting(tiny, budget=0.8), []
+    for window in range(90):
+        energy = 0.6 + 0.4 * math.exp(-1.2 * ttt.model.config.energy_lambda)
+        energies.append(energy)
+        lost = window % 3 == 1
+        ttt.ttt_update(
+            HardwareFeedback(energy_j=None if lost else 1000 * energy, tokens=1000, duration_s=1.1), update=False
+        )
+    assert sum(energies[-30:]) / 30 == pytest.approx(0.8, rel=0.01)
+
+
+def test_poisoned_text_is_reverted_by_the_canary(tiny: Build) -> None:
+    """Text that drags the biases to where held-out text suffers; the router that was trained comes back."""
+    ttt = adapting(tiny, learning_rate=5.0, kl_step=1.0, kl_total=50.0, kl_weight=0.0, canary_margin=1e-3, keep_first=False)
+    poison_BS, events = torch.full((8, 32), 13), []
+    poison_BS[:, ::3] = 14
+    for _ in range(40):
+        ttt.predict(poison_BS)
+        report = ttt.ttt_update(update=True)
+        events += report.events
+        if "canary revert" in report.events:
+            assert report.canary_delta is not None
+            assert report.canary_delta > 1e-3
+            assert torch.equal(ttt.offsets(), torch.zeros_like(ttt.offsets()))
+        else:
+            assert report.canary_delta is None or report.canary_delta <= 1e-3
+    assert "canary revert" in events
+
+
+def test_reset_and_restore_are_exact(tiny: Build) -> None:
+    ttt = adapting(tiny, budget=0.09)
+    clean = {name: value.clone() for name, value in ttt.model.state_dict().items()}
+    for step in range(3):
+        ttt.predict(text(4, 32, step))
+        ttt.ttt_update(GOOD, update=True)
+    state, learnt = ttt.state(), ttt.offsets()
+    follow = []
+    for _ in range(2):  # two requests from one state run alike to the last bit
+        ttt.restore(state)
+        assert torch.equal(ttt.offsets(), learnt)
+        losses = []
+        for step in range(3):
+            losses.append(ttt.predict(text(4, 32, 10 + step)).item())
+            losses.append(ttt.ttt_update(GOOD, update=True).energy_lambda)
+        follow.append(losses)
+    assert follow[0] == follow[1]
+    ttt.reset()
+    after = ttt.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in clean.items())
+
+
+def test_updates_stay_within_their_share(tiny: Build) -> None:
+    ttt = adapting(tiny)
+    assert ttt.update_every == 250  # (3 + 2) chunks' worth, at 2 %
+    ttt.note_cost(1.5)
+    assert ttt.update_every == 75
+    updates = 0
+    for step in range(160):
+        ttt.predict(text(1, 8, step))
+        updates += ttt.ttt_update().updated
+    assert updates == 2
+
+
+def test_a_budget_needs_a_router_on_which_lambda_acts(tiny: Build) -> None:
+    with pytest.raises(ValueError, match="router"):
+        EnergyAwareTTTRouter(
+            tiny(router="topk"), canary_BS=text(2, 16, 0), controller=BudgetController(1.0, GAINS)
+        )
+
+
+def test_gradients_that_are_not_finite_change_nothing(tiny: Build) -> None:
+    ttt = adapting(tiny)
+    ttt.model.transformer.ln_f.weight.data.fill_(math.nan)
+    ttt.predict(text(2, 16, 0))
+    report = ttt.ttt_update(update=True)
+    assert report.events == ("gradient not finite",)
+    assert torch.equal(ttt.offsets(), torch.zeros_like(ttt.offsets()))
+
+
+@pytest.mark.slow
+def test_10000_chunks_of_stationary_text_do_not_drift(tiny: Build) -> None:
+    ttt = EnergyAwareTTTRouter(tiny(**(KEYS | {"n_layer": 1})), canary_BS=text(16, 32, 99))
+    held_out = text(64, 32, 12345)
+    frozen = float(ttt.predict(held_out))
+    reports = []
+    for chunk in range(10_000):
+        ttt.predict(text(1, 16, chunk))
+        reports.append(ttt.ttt_update())
+    assert sum(report.updated for report in reports) == 40
+    assert abs(float(ttt.predict(held_out)) - frozen) < 0.005
+
+
+def test_many_updates_on_stationary_text_do_not_drift(tiny: Build) -> None:
+    """As many updates as 10 000 chunks bring, and four times as many."""
+    ttt = adapting(tiny)
+    held_out = text(64, 32, 12345)
+    frozen = float(ttt.predict(held_out))
+    for chunk in range(160):
+        ttt.predict(text(2, 16, chunk))
+        ttt.ttt_update(update=True)
+    assert float(ttt.predict(held_out)) - frozen < 0.005
