@@ -488,12 +488,13 @@ def paired(step: Callable[[], None], pairs: int, seconds: float, period_s: float
         order = "AB" if i % 2 == 0 else "BA"
         got = {}
         for which in order:
+            monitor = EnergyMonitor.for_assigned_devices(torch_device="cuda:0", period_s=period_s)
             if which == "A":
+                monitor.close()  # the same pause before both: a GPU at its power limit runs faster after one
                 got["A"] = timed()
-            else:
-                monitor = EnergyMonitor.for_assigned_devices(torch_device="cuda:0", period_s=period_s)
-                with monitor, monitor.window("train"):
-                    got["B"] = timed()
+                continue
+            with monitor, monitor.window("train"):
+                got["B"] = timed()
         slow.append(got["B"] / got["A"] - 1)
         base.append(got["A"])
     return {

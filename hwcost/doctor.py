@@ -117,13 +117,14 @@ def _examine_gpu(nvml: Nvml, uuid: str, given: bool, seconds: float, problems: l
     except ReadError as error:
         problems.append(f"{uuid}: {error}")
         return DeviceReport(info=DeviceInfo(device_id=uuid, kind="gpu", uuid=uuid), assigned=given, fields=())
+    fields = probe_fields(reader, seconds=seconds)
     seen = _occupancy(reader)
-    power_w, busy = _mean_power(reader)
+    power_w, busy = _mean_power(reader)  # last, so that the GPU has had time to calm down
     model = CostModel.for_device(reader.info.name, reader.info.power_limit_w)
     return DeviceReport(
         info=reader.info,
         assigned=given,
-        fields=probe_fields(reader, seconds=seconds),
+        fields=fields,
         power_w=power_w,
         idle_w=None if busy is not False else power_w,
         context=None if seen is None else seen.total > 0 or (given and own_process_uses_cuda()),
@@ -141,13 +142,13 @@ def _occupancy(reader: DeviceReader) -> Occupancy | None:
 
 
 def _mean_power(reader: DeviceReader) -> tuple[float | None, bool | None]:
-    """Mean watts of the last seconds (the ring) or of now, and whether the GPU was busy meanwhile."""
+    """Mean watts of the last half second (the ring) or of now, and whether the GPU was busy meanwhile."""
     try:
         busy: bool | None = reader.utilization()[0] > 0
     except ReadError:
         busy = None
     try:
-        newest = [watts for _, watts in reader.power_ring(0)]
+        newest = [watts for _, watts in reader.power_ring(0)][-25:]
     except ReadError:
         newest = []
     try:
