@@ -183,7 +183,7 @@ def report(
             except KeyboardInterrupt:
                 return
         links, lines = _links(out, sweep_id, tracking_uri)
-        for path in write_report(out, sweep_id, links=links, bill=bill, every_figure=every_figure):
+        for path in write_report(out, sweep_id, links=links, bill=bill, papers="all" if every_figure else "few"):
             typer.echo(str(path))
     for line in lines:
         typer.echo(line)
@@ -241,7 +241,7 @@ def ui(
 ) -> None:
     """Serve the MLflow UI on 127.0.0.1 and print the link that compares the sweep's trials."""
     from pipelines.records import Store
-    from pipelines.tracking import Tracker, ui_command
+    from pipelines.tracking import Tracker, ui_command, ui_environment
 
     with _one_line():
         tracker = Tracker.open(out, tracking_uri)
@@ -250,7 +250,7 @@ def ui(
         typer.echo(line)
     command = ui_command(out, port=port, tracking_uri=tracking_uri)
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, ui_environment())
 
 
 def schema() -> None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pipelines.chart import COLOURS, Bars, Chart, Figure, Heat, Key, tick_text
 
 #: The ramp of the light page: luminance rises with the index.
-RAMP = ("#2b1a5a", "#33408f", "#2b6ca3", "#23908f", "#4aab6d", "#93b83f", "#d0a52c")
+RAMP = ("#2b1a5a", "#33408f", "#2b6ca3", "#23908f", "#4aab6d", "#93b83f", "#e0b233")
 PARTS = ("#23415f", "#2b8a8f", "#9cc24a", "#e8c46a", "#c9c9c9", "#d9603b")
 INK = "#1c2430"
 _MARKERS = ("o", "s", "^", "D", "p", "h", "P")

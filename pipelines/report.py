@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from markupsafe import Markup
@@ -24,6 +24,7 @@ from pipelines.records import EpochRecord, TrialRecord
 from pipelines.results import FILTERS, Results, joules_word, keys_of, load, title_of
 from pipelines.section import Section
 
+Papers = Literal["few", "all", "none"]
 _FILTER_TITLES = {"energy_lambda": "λ", "top_k": "top-k"}
 
 
@@ -44,7 +45,7 @@ def write_report(
     bill: Bill | None = None,
     refresh_s: int | None = None,
     running: str = "",
-    every_figure: bool = False,
+    papers: Papers = "few",
 ) -> list[Path]:
     """Write `OUT/report/<sweep_id>/index.html` and its figures as PNG and SVG.
 
@@ -55,7 +56,7 @@ def write_report(
         bill: tokens to decode over the model's life, price and carbon intensity, where known.
         refresh_s: the page reloads itself so often; not at all where None.
         running: a line that says that the sweep is still running.
-        every_figure: all figures as PNG and SVG; else the fronts and the curves.
+        papers: which figures also become PNG and SVG: the fronts and the curves (`few`), `all` or `none`.
 
     Returns:
         The paths written, the page first.
@@ -69,7 +70,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
     _replace(page, render(results, sections, refresh_s=refresh_s, running=running))
-    drawn = [figure for section in sections if section.paper or every_figure for figure in section.figures]
+    wanted = [section for section in sections if papers == "all" or (papers == "few" and section.paper)]
+    drawn = [figure for section in wanted for figure in section.figures]
     return [page, *(path for figure in drawn for path in figures.save(figure, folder))]
 
 
@@ -97,7 +99,9 @@ def watch(
             seen = state
             count = sum(1 for _ in results.trials)
             text = f"Following a running sweep: {count} trials have ended. This page reloads every {every_s:.0f} s."
-            page = write_report(out, sweep_id, bill=bill, refresh_s=max(1, round(every_s)), running=text)[0]
+            page = write_report(
+                out, sweep_id, bill=bill, refresh_s=max(1, round(every_s)), running=text, papers="none"
+            )[0]
             yield page
         sleep(every_s)
 

@@ -78,7 +78,7 @@ def _open(figure: Figure, height: float, width: float = WIDTH) -> str:
     small = f' style="max-width:{width:.0f}px"' if width < WIDTH else ""
     kind = "chart small" if small else "chart"
     return (
-        f'<svg id="{escape(figure.id)}" class="{kind}"{small} viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'<svg id="fig-{escape(figure.id)}" class="{kind}"{small} viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="{escape(figure.alt)}" preserveAspectRatio="xMidYMid meet">'
     )
 

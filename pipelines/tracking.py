@@ -375,6 +375,12 @@ def ui_command(out: str | os.PathLike[str], *, port: int = 5000, tracking_uri: s
     return [*command, "--host", "127.0.0.1", "--port", str(port)]
 
 
+def ui_environment() -> dict[str, str]:
+    """The environment for `ui_command`: no usage reports, and no job workers, which this UI does not need."""
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return {**quiet, **os.environ}
+
+
 def _default_uri(out: str) -> str | None:
     """The store beside local results; there is none beside remote ones."""
     if "://" in out and not out.startswith("file://"):

@@ -119,7 +119,7 @@ def test_a_sweep_without_a_front_says_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ui_prints_the_links_and_serves_on_localhost(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[list[str]] = []
-    monkeypatch.setattr(cli_analysis.os, "execv", lambda path, command: served.append(command))
+    monkeypatch.setattr(cli_analysis.os, "execve", lambda path, command, environment: served.append(command))
     run("mirror", out)
     code, shown, _ = run("ui", out, "--port", "5999")
     assert code == 0
