@@ -25,8 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cli_analysis.register(app)
-
 Base = Annotated[str | None, typer.Option(help="Base checkpoint: hub name, folder, or 'random'.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer: hub name or folder.")]
 Data = Annotated[str | None, typer.Option(help="Hub data set, text file or glob, or Parquet with a 'text' column.")]
@@ -189,6 +187,24 @@ def submit(
     plan_sweep(load_space(path), overrides=overrides)  # bad input ends here, not on the cluster
     code = submit_sweep(path, out=out, address=address, overrides=overrides, follow=follow)
     raise typer.Exit(code)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Say what can be measured here: GPUs, fields, idle watts, the energy source of a sweep, Ray, MLflow."""
+    from hwcost.doctor import examine, render
+    from pipelines.services import reachable
+
+    found, services = examine(), reachable()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict() | {"services": services}, indent=1))
+        return
+    typer.echo(render(found))
+    for name, state in services.items():
+        typer.echo(f"{name}: {state}")
+
+
+cli_analysis.register(app)
 
 
 def _overrides(settings: list[str] | None, **named: str | None) -> dict[str, Any]:

@@ -1,0 +1,26 @@
+"""Reachability in words: set, not set, and nobody there."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from pipelines.services import reachable
+
+
+def test_nothing_set_says_what_a_sweep_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    found = reachable()
+    assert "a sweep starts its own" in found["Ray"]
+    assert "sqlite in its OUT" in found["MLflow"]
+
+
+def test_a_server_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        assert reachable()["MLflow"].endswith("answers")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    assert "does not answer" in reachable()["Ray"]
