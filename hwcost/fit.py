@@ -20,6 +20,7 @@ from hwcost.profiles import Pressure, Profile, analytic_profile
 from hwcost.thermal import Thermal, fit_thermal
 
 LEAK_FROM_C = 30.0
+HELD_OUT_LOADS = ("ramp", "steady")  # steps of load whose temperatures the thermal fit does not look at
 _STEPS = ("train_step", "prefill", "decode_step")
 _KERNEL_WEIGHT = 0.3  # kernels tell the coefficients apart; whole steps are what is asked for
 _BOOTSTRAPS = 200
@@ -181,19 +182,13 @@ def _nnls(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _thermal(calibration: Calibration) -> Thermal:
-    """From the trace up to the last specs, which are held out; reasoned values where there is no trace."""
-    held = [p.start_s for p in calibration.points if p.name == "steady"]
-    end = held[0] if held else float("inf")
+    """From the trace without the loads that are held out; reasoned values where there is no trace."""
+    held = [(p.start_s, p.start_s + p.duration_s) for p in calibration.points if p.name in HELD_OUT_LOADS]
     trace = calibration.trace
-    used = [i for i, at in enumerate(trace.time_s) if at < end]
+    used = [not any(start <= at <= end for start, end in held) for at in trace.time_s]
     slowdown_c = calibration.device.get("slowdown_c") or _SLOWDOWN_C
     try:
-        return fit_thermal(
-            [trace.time_s[i] for i in used],
-            [trace.power_w[i] for i in used],
-            [trace.temperature_c[i] for i in used],
-            slowdown_c=slowdown_c,
-        )
+        return fit_thermal(trace.time_s, trace.power_w, trace.temperature_c, slowdown_c=slowdown_c, used=used)
     except ValueError:
         return dataclasses.replace(analytic_profile().thermal, slowdown_c=slowdown_c)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from hwcost.cost_model import Conditions, CostModel
-from hwcost.fit import fit_profile
+from hwcost.fit import HELD_OUT_LOADS, fit_profile
 from hwcost.points import Calibration, Point, of_kind, step_call, step_shape
 
 REPEATABILITY = 0.008  # spread of joules per token between A/A windows of one board
@@ -49,7 +49,7 @@ class LeftOut:
 
 def judge(model: CostModel, calibration: Calibration) -> dict[str, float]:
     """Errors on held-out points, as fractions (°C for the temperature); only those that the points allow."""
-    held = [p for p in calibration.points if p.held_out and p.name != "steady"]
+    held = [p for p in calibration.points if p.held_out]
     train, decode = of_kind(held, "train_step"), of_kind(held, "decode_step")
     steps = [*train, *decode]
     fitted = [p for p in of_kind(calibration.points, "train_step", "decode_step") if not p.held_out]
@@ -99,19 +99,20 @@ def sign_agreement(model: CostModel, points: Sequence[Point]) -> float | None:
 
 
 def steady_error_c(model: CostModel, calibration: Calibration) -> float | None:
-    """|T_inlet + R_th·P̄ − T| over the last seconds of the load held out of the thermal fit; None without one."""
-    points = [p for p in calibration.points if p.name == "steady"]
-    if not points:
-        return None
-    end_s = points[0].start_s + points[0].duration_s
-    trace = zip(calibration.trace.time_s, calibration.trace.temperature_c, strict=True)
-    last = [degrees for at, degrees in trace if end_s - _STEADY_TAIL_S <= at <= end_s]
-    return abs(model.profile.thermal.steady_c(points[0].power_w) - float(np.mean(last))) if last else None
+    """Largest |T_inlet + R_th·P̄ − T| at the end of a load that the thermal fit has not seen; None without one."""
+    errors = []
+    for load in (p for p in calibration.points if p.name in HELD_OUT_LOADS):
+        end_s = load.start_s + load.duration_s
+        trace = zip(calibration.trace.time_s, calibration.trace.temperature_c, strict=True)
+        last = [degrees for at, degrees in trace if end_s - _STEADY_TAIL_S <= at <= end_s]
+        if last:
+            errors.append(abs(model.profile.thermal.steady_c(load.power_w) - float(np.mean(last))))
+    return max(errors) if errors else None
 
 
 def leave_out(calibration: Calibration) -> list[LeftOut]:
     """Refits that have not seen one expert count or one width, judged on exactly those training steps."""
-    trains = of_kind([p for p in calibration.points if p.name != "steady"], "train_step")
+    trains = of_kind(calibration.points, "train_step")
     rows = []
     for name, group in (("experts", _experts), ("width", _width)):
         for value in sorted({group(p) for p in trains}):

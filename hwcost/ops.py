@@ -19,15 +19,17 @@ COUNTERS = (
     "gemm_flops",
     "grouped_flops",
     "attention_flops",
+    "decode_flops",
     "activation_bytes",
+    "cache_bytes",
     "weight_bytes",
     "head_bytes",
     "optimizer_bytes",
     "launches",
 )
 _FIELDS = (*COUNTERS, "host_launches")
-COMPUTE = ("gemm_flops", "grouped_flops", "attention_flops")
-MEMORY = ("activation_bytes", "weight_bytes", "head_bytes", "optimizer_bytes")
+COMPUTE = ("gemm_flops", "grouped_flops", "attention_flops", "decode_flops")
+MEMORY = ("activation_bytes", "cache_bytes", "weight_bytes", "head_bytes", "optimizer_bytes")
 PHASES = ("train", "prefill", "decode")
 
 _DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2, "fp32": 4, "float32": 4}
@@ -42,12 +44,15 @@ class Counts:
 
     `launches` are kernels that the device starts; `host_launches` those of them that a host thread dispatches one by
     one (training, prefill), which bounds time from below. Decode steps are replayed as a graph and have none.
+    `decode_flops` are those of a decode step's GEMMs: one row per sequence fills a tensor core's tile badly.
     """
 
     gemm_flops: float = 0.0
     grouped_flops: float = 0.0
     attention_flops: float = 0.0
+    decode_flops: float = 0.0
     activation_bytes: float = 0.0
+    cache_bytes: float = 0.0
     weight_bytes: float = 0.0
     head_bytes: float = 0.0
     optimizer_bytes: float = 0.0
@@ -178,6 +183,10 @@ class Call:
         return 3.0 if self.train else 1.0
 
 
+def _gemm(flops: float, phase: str) -> Counts:
+    return Counts(decode_flops=flops) if phase == "decode" else Counts(gemm_flops=flops)
+
+
 def layernorm(shape: ModelShape, call: Call) -> Counts:
     """One LayerNorm over T tokens: a pass over [T, D] each way."""
     passes = 5.0 if call.train else 2.0
@@ -192,10 +201,10 @@ def attention(shape: ModelShape, call: Call) -> Counts:
     context = call.seq_len if call.phase == "decode" else call.seq_len / 2
     scores = 4.0 * tokens * context * width
     cache = 2.0 * tokens * call.seq_len * width * size if call.phase == "decode" else 0.0
-    return Counts(
-        gemm_flops=call.passes * 8.0 * tokens * width**2,
+    return _gemm(call.passes * 8.0 * tokens * width**2, call.phase) + Counts(
         attention_flops=scores * (1 + _BACKWARD_ATTENTION if call.train else 1.0),
-        activation_bytes=call.passes * 10.0 * tokens * width * size + cache,
+        activation_bytes=call.passes * 10.0 * tokens * width * size,
+        cache_bytes=cache,
         weight_bytes=call.passes * 4.0 * width**2 * size,
         launches=12.0 if call.train else 4.0,
     )
@@ -204,8 +213,7 @@ def attention(shape: ModelShape, call: Call) -> Counts:
 def moe_router(shape: ModelShape, call: Call) -> Counts:
     """Logits, softmax and top-k of one layer: [T, D] by [D, E], then passes over [T, E] in fp32."""
     experts = max(1, shape.num_experts)
-    return Counts(
-        gemm_flops=call.passes * 2.0 * call.tokens * shape.d_model * experts,
+    return _gemm(call.passes * 2.0 * call.tokens * shape.d_model * experts, call.phase) + Counts(
         activation_bytes=call.passes * call.tokens * (shape.d_model * shape.dtype_bytes + 16.0 * experts),
         weight_bytes=call.passes * shape.d_model * experts * shape.dtype_bytes,
         launches=12.0 if call.train else 6.0,
@@ -219,10 +227,9 @@ def expert_join(shape: ModelShape, width: float, tokens: float, phase: str) -> C
     passes = 3.0 if phase == "train" else 1.0
     # Forward: read x, write and read the inner activations, write y; the gather and the combine beside it.
     inner = (shape.matrices - 1) * 2.0 * width
-    return Counts(
-        grouped_flops=passes * 2.0 * shape.matrices * tokens * shape.d_model * width,
-        activation_bytes=passes * tokens * (6.0 * shape.d_model + inner) * shape.dtype_bytes,
-    )
+    flops = passes * 2.0 * shape.matrices * tokens * shape.d_model * width
+    moved = Counts(activation_bytes=passes * tokens * (6.0 * shape.d_model + inner) * shape.dtype_bytes)
+    return moved + (Counts(decode_flops=flops) if phase == "decode" else Counts(grouped_flops=flops))
 
 
 def expert_open(shape: ModelShape, width: float, phase: str) -> Counts:
@@ -253,8 +260,7 @@ def moe_layer(shape: ModelShape, call: Call) -> Counts:
 
 def _dense_ffn(shape: ModelShape, call: Call) -> Counts:
     width = 4.0 * shape.d_model
-    return Counts(
-        gemm_flops=call.passes * 4.0 * call.tokens * shape.d_model * width,
+    return _gemm(call.passes * 4.0 * call.tokens * shape.d_model * width, call.phase) + Counts(
         activation_bytes=call.passes * call.tokens * (4.0 * shape.d_model + 2.0 * width) * shape.dtype_bytes,
         weight_bytes=call.passes * 2.0 * shape.d_model * width * shape.dtype_bytes,
         launches=8.0 if call.train else 3.0,
@@ -264,8 +270,7 @@ def _dense_ffn(shape: ModelShape, call: Call) -> Counts:
 def lm_head(shape: ModelShape, call: Call) -> Counts:
     """The final projection [T, D] by [D, V]; in training with the loss, which passes over the logits."""
     logits = call.tokens * shape.vocab_size
-    return Counts(
-        gemm_flops=call.passes * 2.0 * logits * shape.d_model,
+    return _gemm(call.passes * 2.0 * logits * shape.d_model, call.phase) + Counts(
         head_bytes=logits * (14.0 if call.train else 2.0),
         weight_bytes=call.passes * shape.vocab_size * shape.d_model * shape.dtype_bytes,
         launches=8.0 if call.train else 1.0,

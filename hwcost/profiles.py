@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hwcost.ops import COUNTERS
+from hwcost.ops import COMPUTE, COUNTERS
 from hwcost.thermal import Thermal
 
 PROFILE_VERSION = 1
@@ -92,11 +92,10 @@ def analytic_profile(gpu_name: str | None = None, power_limit_w: float | None = 
 
     0.8 pJ/FLOP, 100 pJ/byte; 600 TFLOP/s dense, 4.25 TB/s, 3 µs a launch.
     """
-    energy = dict.fromkeys(COUNTERS, 100e-12) | dict.fromkeys(
-        ("gemm_flops", "grouped_flops", "attention_flops"), 0.8e-12
-    )
+    energy = dict.fromkeys(COUNTERS, 100e-12) | dict.fromkeys(COMPUTE, 0.8e-12)
     seconds = dict.fromkeys(COUNTERS, 1 / 4.25e12)
     seconds |= {"gemm_flops": 1 / 600e12, "grouped_flops": 1 / 400e12, "attention_flops": 1 / 300e12}
+    seconds["decode_flops"] = 1 / 300e12
     energy["launches"], seconds["launches"] = 1e-4, 3e-6
     return Profile(
         name="analytic",

@@ -43,9 +43,17 @@ class Thermal:
 
 
 def fit_thermal(
-    time_s: Sequence[float], power_w: Sequence[float], temperature_c: Sequence[float], *, slowdown_c: float
+    time_s: Sequence[float],
+    power_w: Sequence[float],
+    temperature_c: Sequence[float],
+    *,
+    slowdown_c: float,
+    used: Sequence[bool] | None = None,
 ) -> Thermal:
     """Fit a trace of watts and degrees; samples must be in order of time.
+
+    Args:
+        used: samples whose degrees are looked at; the watts of the others still heat. None: all.
 
     Raises:
         ValueError: fewer than 10 samples, or a load that never changed by 50 W (nothing to fit).
@@ -55,12 +63,19 @@ def fit_thermal(
     if max(power_w) - min(power_w) < 50:
         raise ValueError(f"thermal fit: expected a load that changes by 50 W, got {max(power_w) - min(power_w):.0f} W")
     observed = np.asarray(temperature_c, dtype=float)
+    looked_at = np.ones(len(observed)) if used is None else np.asarray(used, dtype=float)
 
     def build(x: np.ndarray) -> Thermal:
-        return Thermal(inlet_c=x[0], resistance_c_per_w=x[1], time_constant_s=x[2], slowdown_c=slowdown_c)
+        inlet_c, resistance, time_constant_s = map(float, x[:3])
+        return Thermal(
+            inlet_c=inlet_c,
+            resistance_c_per_w=resistance,
+            time_constant_s=time_constant_s,
+            slowdown_c=slowdown_c,
+        )
 
     def residual(x: np.ndarray) -> np.ndarray:
-        return build(x).trace_c(x[3], time_s, power_w) - observed
+        return looked_at * (build(x).trace_c(x[3], time_s, power_w) - observed)
 
     start = [min(observed), 0.03, 10.0, observed[0]]
     found = least_squares(residual, start, bounds=([-20, 1e-4, 0.2, -20], [80, 1, 1000, 110]), loss="soft_l1")

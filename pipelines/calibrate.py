@@ -48,9 +48,11 @@ class Calibrator:
             with self._progress() as progress:
                 self._measure_all(progress)
         finally:
+            self._save()
+            for worker in self._workers:
+                worker.dismiss()
             for worker in self._workers:
                 worker.stop()
-        self._save()
         return self.calibration()
 
     def calibration(self) -> Calibration:

@@ -190,10 +190,14 @@ class Worker:
         self.ask(name, *args)
         return self.answer(timeout_s)
 
-    def stop(self) -> None:
-        """End the process; safe to call twice."""
+    def dismiss(self) -> None:
+        """Tell the process to end, without waiting for it."""
         with contextlib.suppress(OSError, ValueError):
             self._connection.send(("stop", ()))
+
+    def stop(self) -> None:
+        """End the process; safe to call twice."""
+        self.dismiss()
         self.process.join(_STOP_S)
         if self.process.is_alive():
             self.process.kill()

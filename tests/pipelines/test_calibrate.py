@@ -105,8 +105,11 @@ class FakeWorker:
         self.ask(name, *args)
         return self.answer()
 
-    def stop(self):
+    def dismiss(self):
         self.stopped = True
+
+    def stop(self):
+        assert self.stopped
 
 
 class FakeMonitor:
