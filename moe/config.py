@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import GPT2Config
+from transformers.activations import ACT2FN
 
 ACTIVATIONS = ("gelu", "swiglu")
-GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three names of the tanh form, which experts compute
+GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three names of the tanh form, which fast experts compute
 MIXINGS = ("normalized", "probability")
 
 
@@ -76,6 +77,11 @@ class MoEGPT2Config(GPT2Config):
         return len(self.expert_widths)
 
     @property
+    def plain_experts(self) -> bool:
+        """Whether the experts' activation is one that only the plain path computes."""
+        return self.expert_activation == "gelu" and self.activation_function not in GELUS
+
+    @property
     def moe_layer_indices(self) -> tuple[int, ...]:
         return tuple(range(self.n_layer)) if self.moe_layers is None else tuple(self.moe_layers)
 
@@ -93,7 +99,6 @@ class MoEGPT2Config(GPT2Config):
         unknown = sorted(set(regularizers) - set(REGULARIZERS))
         in_range = layers is None or all(0 <= i < self.n_layer for i in layers)
         unique = layers is None or list(layers) == sorted(set(layers))
-        tanh_gelu = self.activation_function in GELUS or self.expert_activation != "gelu"
         return [
             ("expert_widths", "a list of integers ≥ 0", bool(widths) and all(_is_int(w) and w >= 0 for w in widths)),
             (
@@ -123,7 +128,7 @@ class MoEGPT2Config(GPT2Config):
             ("bias_balance_rate", "a finite number ≥ 0", 0 <= self.bias_balance_rate < float("inf")),
             ("mixing", f"one of {', '.join(MIXINGS)}", self.mixing in MIXINGS),
             ("expert_activation", f"one of {', '.join(ACTIVATIONS)}", self.expert_activation in ACTIVATIONS),
-            ("activation_function", f"one of {', '.join(GELUS)} for gelu experts", tanh_gelu),
+            ("activation_function", "an activation that transformers knows", self.activation_function in ACT2FN),
             (
                 "shared_expert_width",
                 "an integer ≥ 0",

@@ -7,6 +7,7 @@ their modules inside the same graph. Shapes: see ``moe.decode_kernels``; B seque
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -26,15 +27,17 @@ COLUMNS = 32  # of a projection, per program
 BLOCK_K = 64
 HEAD_ENTRIES = 64
 CACHE_MULTIPLE = 256
+SPARE = 4  # positions at the end of the cache that no sequence reaches
 FUSED_ROUTERS = (TopKRouter, EnergyRouter, CapacityRouter)  # capacity drops nothing in evaluation
 
 
 def unsupported(model: Any) -> str | None:
     """Why this model's step has no graph; None if it has one."""
     config = model.config
-    weight = model.lm_head.weight
-    if weight.dtype not in (torch.bfloat16, torch.float16):
-        return "weights are not 16-bit"
+    if compute_type(model) not in (torch.bfloat16, torch.float16):
+        return "the computation is not in 16 bits"
+    if config.plain_experts:
+        return "experts have an activation that the kernels do not compute"
     if config.n_embd % BLOCK_K or (config.n_embd // config.n_head) & (config.n_embd // config.n_head - 1):
         return "model width is not a multiple of 64 or head width not a power of two"
     if config.reorder_and_upcast_attn or len({p.dtype for p in model.parameters()}) > 1:
@@ -42,29 +45,42 @@ def unsupported(model: Any) -> str | None:
     return None
 
 
+def compute_type(model: Any) -> torch.dtype:
+    """What products compute in: autocast's type where it is on over float32 weights, else that of the weights."""
+    stored: torch.dtype = model.lm_head.weight.dtype
+    cast = stored == torch.float32 and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if cast else stored
+
+
 class Decoder:
     """Buffers, and the graph of a step, for one model, batch size and cache length.
 
     Args:
         model: `MoEGPT2LMHeadModel` in evaluation mode; its weights are read where they lie, so loading new values in
-            place is seen, and moving the model is not (see ``fits``).
-        length: positions of the cache.
+            place is seen, and moving the model is not (see ``fits``). Where `dtype` is another type than theirs (under
+            autocast) they are read from a copy that ``start`` renews, and the residual stays in theirs.
+        length: positions of the cache, at least SPARE more than a sequence can have.
+        dtype: of products and cache.
         stop: token ids that end a sequence.
         graph: capture a CUDA graph; without, each step launches its kernels (for tests without a GPU).
     """
 
-    def __init__(self, model: Any, batch: int, length: int, stop: tuple[int, ...], *, graph: bool = True) -> None:
-        self.model, self.config = model, model.config
+    def __init__(
+        self, model: Any, batch: int, length: int, stop: tuple[int, ...], dtype: torch.dtype, *, graph: bool = True
+    ) -> None:
+        self.source, self.config, self.dtype = model, model.config, dtype
         self.batch, self.length, self.stop, self.graphed = batch, length, stop, graph
         self.pointers = _pointers(model)
         weight, width = model.lm_head.weight, model.config.n_embd
+        self.model = model if weight.dtype == dtype else copy.deepcopy(model).requires_grad_(False).to(dtype)
         new = functools.partial(torch.zeros, device=weight.device)
-        half = functools.partial(new, dtype=weight.dtype)
+        half = functools.partial(new, dtype=dtype)
         heads, K = self.config.n_head, self.config.num_experts_per_tok
         shape = (batch, heads, length, width // heads)
         self.keys = [half(shape) for _ in range(self.config.n_layer)]
         self.values = [half(shape) for _ in range(self.config.n_layer)]
-        self.x_TD, self.normed_TD, self.query_TD, self.mixed_TD = (half(batch, width) for _ in range(4))
+        self.x_TD = new(batch, width, dtype=weight.dtype)
+        self.normed_TD, self.query_TD, self.mixed_TD = (half(batch, width) for _ in range(3))
         self.slot_TK, self.weight_TK = new(batch, K, dtype=torch.int32), new(batch, K, dtype=torch.float32)
         self.logits_TV = half(batch, weight.shape[0])
         blocks = triton.cdiv(weight.shape[0], HEAD_ENTRIES)
@@ -73,20 +89,25 @@ class Decoder:
         self.token_T, self.position_T = new(batch, dtype=torch.long), new(batch, dtype=torch.long)
         self.length_T, self.finished_T = new(batch, dtype=torch.int32), new(batch, dtype=torch.int32)
         self.stop_F = torch.tensor(stop or (0,), dtype=torch.long, device=weight.device)
-        self.pad = new(1, dtype=torch.long)
+        self.pad, self.least = new(1, dtype=torch.long), new(1, dtype=torch.int32)
         self.rows, self.columns = max(16, triton.next_power_of_2(batch)), triton.next_power_of_2(width)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.proven = False  # whether its logits were compared with the model's own
+        self.broken: str | None = None  # why it is not to be used
 
-    def fits(self, model: Any, batch: int, length: int, stop: tuple[int, ...]) -> bool:
-        """Whether this decoder serves such a call: same shape, and weights still where they were."""
-        same = self.batch == batch and self.length >= length and self.stop == stop
-        return same and self.pointers == _pointers(model)
+    def fits(self, model: Any, length: int, dtype: torch.dtype) -> bool:
+        """Whether this decoder serves such a call: long enough, same type, and weights still where they were."""
+        return self.length >= length + SPARE and self.dtype == dtype and self.pointers == _pointers(model)
 
     def prepare(self, sampled: bool) -> None:
         """Compile the kernels and capture the graph, unless that is done."""
         if not self.graphed or sampled in self.graphs:
             return
-        self.length_T.zero_()
+        # The steps before the capture must leave no trace: they write into the cache's spare end, and the rest is kept.
+        changed = [self.ids_TL, self.token_T, self.position_T, self.length_T, self.finished_T]
+        kept = [t.clone() for t in changed]
+        self.length_T.fill_(self.length - SPARE)
+        self.position_T.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -97,10 +118,15 @@ class Decoder:
         with torch.cuda.graph(graph):
             self._step(sampled)
         self.graphs[sampled] = graph
+        torch._foreach_copy_(changed, kept)
 
-    def start(self, cache: Any, ids_BS: Tensor, mask_BS: Tensor, pad: int) -> None:
-        """Take over a prompt: its ids, its mask and the cache that its forward filled."""
+    def start(self, cache: Any, ids_BS: Tensor, mask_BS: Tensor, pad: int, least: int = 0) -> None:
+        """Take over a prompt: its ids, its mask and the cache that its forward filled. No greedy sequence ends before
+        it has ``least`` tokens, prompt included."""
         S = ids_BS.shape[1]
+        if self.model is not self.source:
+            torch._foreach_copy_(list(self.model.parameters()), list(self.source.parameters()))
+            torch._foreach_copy_(list(self.model.buffers()), list(self.source.buffers()))
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
             keys[:, :, :S].copy_(layer.keys[:, :, :S])
             values[:, :, :S].copy_(layer.values[:, :, :S])
@@ -111,6 +137,7 @@ class Decoder:
         self.position_T.copy_(mask_BS.sum(1) - 1)
         self.finished_T.zero_()
         self.pad.fill_(pad)
+        self.least.fill_(least)
 
     def append(self, token_T: Tensor) -> None:
         """Write a chosen token behind each sequence (padding behind finished ones) and make it the next input."""
@@ -133,6 +160,7 @@ class Decoder:
     # The step
 
     @torch.no_grad()
+    @torch.autocast("cuda", enabled=False)
     def _step(self, sampled: bool) -> None:
         body, D = self.model.transformer, self.config.n_embd
         kernels.embed[(self.batch,)](
@@ -140,12 +168,12 @@ class Decoder:
         )
         for index, block in enumerate(body.h):
             self._attention(block, index)
-            self._feed_forward(block)
+            self._feed_forward(block, self.source.transformer.h[index])
         self._norm(body.ln_f)
         self._head(sampled)
 
     def _gemm(self) -> dict[str, Any]:
-        precision = "ieee" if self.x_TD.dtype == torch.float32 else "tf32"
+        precision = "ieee" if self.dtype == torch.float32 else "tf32"
         return {"BT": self.rows, "BK": BLOCK_K, "PRECISION": precision, "num_warps": 4, "num_stages": 4}
 
     def _norm(self, norm: nn.LayerNorm) -> None:
@@ -171,7 +199,7 @@ class Decoder:
             self.mixed_TD, out.weight, out.bias, self.x_TD, self.batch, D, BN=COLUMNS, **self._gemm()
         )
 
-    def _feed_forward(self, block: Any) -> None:
+    def _feed_forward(self, block: Any, source: Any) -> None:
         experts = getattr(block.mlp, "experts", None)
         if not isinstance(experts, Experts):  # a dense block
             self._norm(block.ln_2)
@@ -180,10 +208,14 @@ class Decoder:
         router = block.mlp.router
         fused_router = type(router) in FUSED_ROUTERS and not router.keep_first
         if fused_router:
-            self._route(block.ln_2, router, experts)
+            self._route(block.ln_2, source.mlp.router, experts)  # the gate in the type it is stored in
         else:
             self._norm(block.ln_2)
-        if fused_router and block.mlp.shared is None and fused.shapes_fit(self.x_TD, experts.gated, experts.widths):
+        if (
+            fused_router
+            and block.mlp.shared is None
+            and fused.shapes_fit(self.normed_TD, experts.gated, experts.widths)
+        ):
             weights = (experts.up_PD, experts.up_bias_P, experts.down_PD, experts.down_bias_ND)
             expert_decode.decode_into(
                 self.x_TD, self.normed_TD, (self.slot_TK, self.weight_TK), weights, experts.widths
@@ -209,8 +241,8 @@ class Decoder:
         V, D = weight.shape
         blocks = self.best_BT.shape[0]
         kernels.head_scores[(blocks,)](
-            self.normed_TD, weight, self.logits_TV, self.best_BT, self.where_BT, self.batch, D, V,
-            STORE=sampled, BV=HEAD_ENTRIES, **self._gemm(),
+            self.normed_TD, weight, self.logits_TV, self.best_BT, self.where_BT, self.length_T, self.least, self.stop_F,
+            self.batch, D, V, STORE=sampled, EOS=len(self.stop), BV=HEAD_ENTRIES, **self._gemm(),
         )  # fmt: skip
         if not sampled:
             kernels.pick[(self.batch,)](

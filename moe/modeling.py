@@ -26,6 +26,7 @@ from moe.config import MoEGPT2Config
 from moe.experts import Experts
 from moe.generation import GraphedGeneration
 from moe.head import causal_lm_loss
+from moe.plain import PlainExperts
 from moe.regularizers import REGULARIZERS, Regularizer, kl_gibbs
 from moe.routers import ROUTERS, Router, initial_buffers
 from moe.routing import Routing, Tokens, count_E
@@ -56,7 +57,7 @@ class MoEMLP(nn.Module):
     def __init__(self, config: MoEGPT2Config, layer_idx: int) -> None:
         super().__init__()
         self.router: Router = ROUTERS[config.router](config, layer_idx)
-        self.experts = Experts(config)
+        self.experts = PlainExperts(config) if config.plain_experts else Experts(config)
         self.shared = GPT2MLP(config.shared_expert_width, config) if config.shared_expert_width else None
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -70,8 +71,8 @@ class MoEMLP(nn.Module):
 
 
 class MoEGPT2Block(GPT2Block):
-    """GPT-2's block with experts for its FFN. Returns the hidden states and the routing's tensors, flat:
-    reentrant gradient checkpointing keeps gradients of a tuple's tensors and of nothing else."""
+    """GPT-2's block with experts for its FFN. Returns hidden states and the routing's tensors, flat: reentrant
+    gradient checkpointing keeps gradients of a tuple's tensors and of nothing else."""
 
     def __init__(self, config: MoEGPT2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)

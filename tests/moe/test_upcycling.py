@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from moe import MoEGPT2Config, MoEGPT2LMHeadModel, upcycle, upcycle_checkpoint
+from moe.plain import PlainExperts
 from moe.upcycling import ffn_of, narrow_or_widen, split_factor, upcycling_error
 from tests.moe.conftest import TINY
 
@@ -188,6 +189,8 @@ def test_other_architectures_are_refused(dense: Dense) -> None:
     [
         {"n_inner": 80},
         {"activation_function": "gelu_pytorch_tanh"},
+        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
         {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
         {"tie_word_embeddings": False},
         {"n_layer": 3, "layer_norm_epsilon": 1e-3},
@@ -208,3 +211,20 @@ def test_checkpoint_to_checkpoint(dense: Dense, ids: Tensor, tmp_path: Path) -> 
     loaded = MoEGPT2LMHeadModel.from_pretrained(tmp_path / "moe")
     assert loaded.config.router == "energy"
     assert upcycling_error(dense(), loaded, ids) < 1e-5
+
+
+def test_plain_experts_equal_the_fast_ones(dense: Dense, ids: Tensor) -> None:
+    """On an activation that both compute, outputs and gradients are equal: mixed widths, nulls and drops included."""
+    keys = {"expert_widths": [64, 0, 128, 32], "router": "capacity", "capacity_factor": 0.5}
+    results = []
+    for plain in (False, True):
+        model = upcycle(dense().double(), moe(**keys), noise=0.1).train()
+        for block in model.transformer.moe_blocks:
+            if plain:
+                experts = PlainExperts(model.config).double()
+                experts.load_state_dict(block.mlp.experts.state_dict())
+                block.mlp.experts = experts
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*results)
