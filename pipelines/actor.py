@@ -34,10 +34,13 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
     trial: Trial | None = None
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take a trial; its work begins with the first step."""
+        """Warm up the process. The attempt is claimed by the first step: Tune makes actors that it never uses."""
         quiet_libraries()
+        self._watch(config, Journal(config["out"], config["sweep_id"]))
+
+    def _begin(self) -> Trial:
+        config = self.config
         journal, store = Journal(config["out"], config["sweep_id"]), Store(config["out"])
-        self._watch(config, journal)
         assert self.monitor is not None
         self.monitor.system.clear()
         trial_id = config["trial"]["trial_id"]
@@ -45,22 +48,24 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
         spent_j = recover.spent_before(store, config["sweep_id"], trial_id, journal.attempts(trial_id))
         attempt = journal.claim(trial_id, self._claim(parsed, spent_j))
         key = TrialKey(sweep_id=config["sweep_id"], trial_id=trial_id, attempt=attempt)
-        self.trial = Trial(parsed, key, store, self.monitor, journal=journal, spent_j=spent_j, keeper=self.keeper)
+        return Trial(parsed, key, store, self.monitor, journal=journal, spent_j=spent_j, keeper=self.keeper)
 
     def step(self) -> dict[str, Any]:
         """Advance the trial; the result carries the row that was made (as text, which Tune does not take apart)."""
-        assert self.trial is not None
+        if self.trial is None:
+            self.trial = self._begin()
         record = self.trial.advance()
         row = json.dumps(dataclasses.asdict(record), default=_iso)
         if isinstance(record, EpochRecord):
             point = {"loss": record.eval_loss_nats, "joules": record.train_energy_j}
             return {"epoch": record.epoch, "epoch_row": row, **point}
         self._let_go()
-        return {"epoch": self.trial.epoch, "trial_row": row, "done": True}
+        return {"epoch": record.epochs, "trial_row": row, "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial into this process: its imports and CUDA context are warm already."""
         self._let_go()
+        self.config = new_config
         self.setup(new_config)
         return True
 
@@ -108,6 +113,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
         if self.trial is not None:
             self.trial.ledger.close()
             self.trial.release()
+            self.trial = None
 
 
 def quiet_libraries() -> None:

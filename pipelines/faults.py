@@ -1,15 +1,16 @@
 """Named points at which a test may end this process with a real signal.
 
-`JOULEMOE_FAULT=POINT:SIGNAL[:MARKER][:WORD]` sends SIGNAL to this process when it passes POINT. With a MARKER (a
-path) it happens once over all processes: whoever creates the file first is hit. With a WORD it happens only where
-the point's detail contains it. Without the variable a point costs one dictionary lookup. `docs/reliability.md`
-lists the points.
+`JOULEMOE_FAULT=POINT:SIGNAL[:MARKER][:WORD]` (several with `;` between) sends SIGNAL to this process when it passes
+POINT. With a MARKER (a path) it happens once over all processes: whoever creates the file first is hit. With a WORD
+it happens only where the point's detail contains it. Without the variable a point costs one dictionary lookup.
+`docs/reliability.md` lists the points.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 
 VARIABLE = "JOULEMOE_FAULT"
 POINTS = (
@@ -26,8 +27,8 @@ POINTS = (
 def passing(point: str, detail: str = "") -> None:
     """Say that this process passes a named point; a test may have asked for a signal here."""
     wanted = os.environ.get(VARIABLE)
-    if wanted:
-        _strike(wanted, point, detail)
+    for one in wanted.split(";") if wanted else ():
+        _strike(one, point, detail)
 
 
 def _strike(wanted: str, point: str, detail: str) -> None:
@@ -36,7 +37,9 @@ def _strike(wanted: str, point: str, detail: str) -> None:
         return
     if marker:
         try:
-            os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            handle = os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return
+        os.write(handle, f"{time.monotonic()} {os.getpid()}".encode())
+        os.close(handle)
     os.kill(os.getpid(), signal.Signals[name_of_signal])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -92,18 +93,21 @@ def run_sweep(
             another driver is alive.
     """
     out = os.fspath(out) if "://" in os.fspath(out) else os.path.abspath(out)
-    preflight(plan.trials or plan.examples())
-    check_storage(out, tracking_uri)
-    started_here = _connect(address)
-    try:
-        resources = _resources(plan, parallel)
-        check_writable(out)
-        journal = Journal(out, plan.sweep_id)
-        with journal.driving():
+    journal = Journal(out, plan.sweep_id)
+    ended = None
+    with contextlib.ExitStack() as stack:
+        begun = journal.has("plan.json")
+        if begun:
+            stack.enter_context(journal.driving())
+        if not begun or not _is_done(plan, Store(out)):
+            preflight(plan.trials or plan.examples())
+            check_storage(out, tracking_uri)
+            stack.enter_context(_connected(address))
+            resources = _resources(plan, parallel)
+            check_writable(out)
+            if not begun:
+                stack.enter_context(journal.driving())
             ended = _drive(plan, journal, _Run(out, resources, tracking_uri, retries, timeout_s))
-    finally:
-        if started_here:
-            ray.shutdown()
     rows = recover.rows_of(Store(out), plan.sweep_id)
     return SweepResult(sweep_id=plan.sweep_id, records=tuple(rows.values()), ended=ended)
 
@@ -169,6 +173,14 @@ def _front_members(store: Store, sweep_id: str) -> set[str]:
     return {trial for front in fronts for row in front.rows() for trial in str(row["trial_id"]).split()}
 
 
+def _is_done(plan: SweepPlan, store: Store) -> bool:
+    """Whether every trial of a plan has its final row."""
+    final = {trial_id for trial_id, row in recover.rows_of(store, plan.sweep_id).items() if recover.is_final(row)}
+    if plan.is_adaptive:
+        return len(final) >= (plan.samples or 0)
+    return final >= {trial.trial_id for trial in plan.trials}
+
+
 def _missing(plan: SweepPlan, store: Store) -> bool:
     """Whether planned trials have no final row (one that died for good has had its attempts)."""
     rows = recover.rows_of(store, plan.sweep_id)
@@ -223,7 +235,19 @@ def preflight(trials: Sequence[TrialConfig]) -> None:
                 dense_model(config, corpus)
 
 
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[None]:
+    """A connection to Ray, closed again where it was made here."""
+    made_here = _connect(address)
+    try:
+        yield
+    finally:
+        if made_here:
+            ray.shutdown()
+
+
 def _connect(address: str) -> bool:
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # rows say what failed
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
     if ray.is_initialized():
         return False
