@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class EnergyAwareTTTRouter:
         canary_BS: held-out text that guards the loss.
         controller: of λ; None: no budget, λ stays.
         settings: see `TTTSettings`.
+        forward: predicts in place of the model: `torch.compile(model)`, say.
 
     Raises:
         ValueError: a budget for a router on which λ does not act.
@@ -129,10 +131,12 @@ class EnergyAwareTTTRouter:
         canary_BS: Tensor,
         controller: BudgetController | None = None,
         settings: TTTSettings | None = None,
+        forward: Callable[..., Any] | None = None,
     ) -> None:
         self.model, self.canary_BS, self.controller = model.eval(), canary_BS, controller
         self.settings = settings or TTTSettings()
-        self.routers = model.routers
+        self.routers, self._forward = model.routers, forward or model
+        self.seen_routing: tuple[Routing, ...] = ()
         if controller is not None and not all(router.priced for router in self.routers):
             raise ValueError(f"router: expected one on which λ acts under a budget, got {model.config.router!r}")
         self._names = [name for name, _ in model.named_buffers() if name.endswith("router.offset_E")]
@@ -154,7 +158,8 @@ class EnergyAwareTTTRouter:
         return torch.stack([router.offset_E.detach().clone() for router in self.routers])
 
     @torch.no_grad()
-    def _apply(self, offset_LE: Tensor) -> None:
+    def apply(self, offset_LE: Tensor) -> None:
+        """Put biases in force, [L, E]."""
         for router, offset_E in zip(self.routers, offset_LE, strict=True):
             router.offset_E.copy_(offset_E)
 
@@ -169,7 +174,7 @@ class EnergyAwareTTTRouter:
 
     def restore(self, state: TTTState) -> None:
         """Exactly as `state` was taken."""
-        self._apply(state.offset_LE)
+        self.apply(state.offset_LE)
         self._kept_LE, self._null = state.kept_LE.clone(), state.null
         self.model.set_energy_lambda(state.energy_lambda)
         if self.controller is not None:
@@ -178,7 +183,7 @@ class EnergyAwareTTTRouter:
 
     def reset(self) -> None:
         """The trained router, and the controller as new."""
-        self._apply(torch.zeros_like(self._kept_LE))
+        self.apply(torch.zeros_like(self._kept_LE))
         self._kept_LE, self._null, self.suspended = torch.zeros_like(self._kept_LE), 0.0, False
         self._seen_BS, self._pending = None, [0.0, 0.0, 0.0]
         if self.controller is not None:
@@ -195,7 +200,10 @@ class EnergyAwareTTTRouter:
         chunk before this: it is what `ttt_update` may look at afterwards."""
         self._seen_BS = ids_BS
         self._chunks += 1
-        return self.model(input_ids=ids_BS, labels=ids_BS, use_cache=False, skip_logits=True).lm_loss
+        kwargs = {"labels": ids_BS, "use_cache": False, "output_routing": True, "skip_logits": True}
+        output = self._forward(input_ids=ids_BS, **kwargs)
+        self.seen_routing = output.routing
+        return output.lm_loss
 
     @property
     def update_every(self) -> int:
@@ -240,11 +248,11 @@ class EnergyAwareTTTRouter:
             self._pending = [0.0, 0.0, 0.0]
             if not self.suspended:
                 self._kept_LE, self.suspended = self.offsets(), True
-                self._apply(torch.zeros_like(self._kept_LE))
+                self.apply(torch.zeros_like(self._kept_LE))
             return None
         if self.suspended:
             self.suspended = False
-            self._apply(self._kept_LE)
+            self.apply(self._kept_LE)
             events.append("telemetry back")
         assert feedback.energy_j is not None
         energy, tokens, seconds = self._pending
@@ -283,12 +291,12 @@ class EnergyAwareTTTRouter:
                 scale, (shrink, _) = 0.0, self._capped(before_LE, trained, self.settings.kl_total, tau)
                 after_LE = shrink * before_LE
                 kl = float(_kl_L(after_LE - before_LE, logits, tau).max())
-        self._apply(after_LE)
+        self.apply(after_LE)
         self._null = shrink * (self._null + scale * null_step)
         delta = self._canary_delta(after_LE)
         if not delta <= self.settings.canary_margin:
             events.append("canary revert")
-            self._apply(torch.zeros_like(after_LE))
+            self.apply(torch.zeros_like(after_LE))
             self._null = 0.0
         self._kept_LE = self.offsets()
         return kl, delta
@@ -347,7 +355,7 @@ class EnergyAwareTTTRouter:
         """Loss of the canary with the biases, less that of the trained router at the same λ; inf if not finite."""
         losses = []
         for biases_LE in (torch.zeros_like(offset_LE), offset_LE):
-            self._apply(biases_LE)
+            self.apply(biases_LE)
             kwargs = {"labels": self.canary_BS, "use_cache": False, "skip_logits": True}
             losses.append(float(self.model(input_ids=self.canary_BS, **kwargs).lm_loss))
         delta = losses[1] - losses[0]
