@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hwcost.cost_model import Conditions, CostModel
-from hwcost.judge import leave_out, relative_errors, with_errors
+from hwcost.judge import cross_validate, leave_out, relative_errors, with_errors
 from hwcost.points import Calibration
 from pipelines import calibrate, calibrate_plan
 from pipelines.calibrate_show import table
@@ -33,6 +33,9 @@ def judge(path: Path, console: Console) -> None:
     groups = Table("left out of a refit", "points", "error, time measured", "error, time predicted")
     for left in leave_out(measured):
         groups.add_row(left.group, str(left.points), f"{100 * left.measured:.2f} %", f"{100 * left.predicted:.2f} %")
+    for kind, (points, known, predicted) in cross_validate(measured).items():
+        row = (str(points), f"{100 * known:.2f} %", f"{100 * predicted:.2f} %")
+        groups.add_row(f"each {kind.replace('_', ' ')} alone", *row)
     console.print(groups)
     console.print(table(model))
 

@@ -123,6 +123,18 @@ def leave_out(calibration: Calibration) -> list[LeftOut]:
     return rows
 
 
+def cross_validate(calibration: Calibration) -> dict[str, tuple[int, float, float]]:
+    """{kind of step: (points, error with the time measured, predicted)}, each point judged by a refit without it."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for point in of_kind(calibration.points, "train_step", "decode_step"):
+        others = tuple(dataclasses.replace(p, held_out=p is point) for p in calibration.points)
+        alone = dataclasses.replace(calibration, points=others)
+        model = CostModel(fit_profile(alone, name="without one", bootstraps=0))
+        known, predicted = (relative_errors(model, [point], time_measured=flag)[0] for flag in (True, False))
+        errors.setdefault(point.kind, []).append((known, predicted))
+    return {kind: (len(pairs), mape(p[0] for p in pairs), mape(p[1] for p in pairs)) for kind, pairs in errors.items()}
+
+
 def _left_out(
     calibration: Calibration, name: str, out: Sequence[Point], group: Callable[[Point], float], value: float
 ) -> LeftOut:

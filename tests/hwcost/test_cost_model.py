@@ -165,6 +165,39 @@ def test_the_power_limit_stretches_time():
     assert cost.power_w == pytest.approx(700.0)
 
 
+def test_joules_never_exceed_what_the_cap_allows_in_the_time():
+    model = CostModel(leaky(cap_w=600.0, energy={name: 50 * value for name, value in leaky().energy.items()}))
+    parts = model.get_cost_breakdown("train_step", batch_size=8, seq_len=1024, conditions=Conditions(duration_s=0.02))
+    assert parts.energy_j == pytest.approx(600.0 * 0.02)
+    assert parts.static_j == pytest.approx(model.static_w * 0.02)
+
+
+def test_the_host_bounds_the_time_of_small_steps_but_not_of_a_graph():
+    slow = CostModel(leaky(host_s_per_launch=1e-4, ranges={}))
+
+    def seconds(model, op, batch):
+        return model.get_cost(op, batch_size=batch, seq_len=128, extrapolate=True).duration_s
+
+    assert seconds(slow, "train_step", 1) == seconds(slow, "train_step", 2) > seconds(MODELS["leaky"], "train_step", 2)
+    assert seconds(slow, "train_step", 256) == seconds(MODELS["leaky"], "train_step", 256)
+    assert seconds(slow, "decode_step", 1) == seconds(MODELS["leaky"], "decode_step", 1)
+
+
+def test_the_shipped_h200_prices_experts_by_phase():
+    model = CostModel.for_device("NVIDIA H200", 700.0)
+    assert not model.analytic
+    prices = {
+        phase: model.expert_price(d_model=768, widths=[3072, 1536, 0], top_k=1, tokens=64, dtype="bf16", phase=phase)
+        for phase in PHASES
+    }
+    for found in prices.values():
+        assert found.join[0] == pytest.approx(1.0)
+        assert found.join[2] == found.open[2] == 0.0
+        assert found.open_j[0] > found.join_j[0] > found.join_j[1] > 0
+    train, decode = (prices[phase].join_j[0] for phase in ("train", "decode"))
+    assert train != decode
+
+
 def test_measured_time_replaces_the_predicted_one():
     cost = MODELS["leaky"].get_cost("train_step", batch_size=8, seq_len=1024, duration_s=0.5)
     longer = MODELS["leaky"].get_cost("train_step", batch_size=8, seq_len=1024, duration_s=0.6)

@@ -10,7 +10,17 @@ import pytest
 
 from hwcost.cost_model import CostModel
 from hwcost.fit import LEAK_FROM_C, fit_profile
-from hwcost.judge import constant_power_errors, judge, leave_out, mape, relative_errors, sign_agreement, with_errors
+from hwcost.judge import (
+    constant_power_errors,
+    cross_validate,
+    judge,
+    leave_out,
+    mape,
+    relative_errors,
+    sign_agreement,
+    steady_error_c,
+    with_errors,
+)
 from hwcost.ops import COUNTERS, ModelShape
 from hwcost.points import COUNTS, Calibration, Point, Trace, step_params
 from hwcost.profiles import analytic_profile
@@ -136,6 +146,69 @@ def test_pairs_within_the_repeatability_are_not_counted():
     points = [p for p in calibration().points if p.kind == "train_step"][:1]
     twin = dataclasses.replace(points[0], energy_j=points[0].energy_j * 1.004)
     assert sign_agreement(model, [*points, twin]) is None
+
+
+def test_each_point_is_judged_by_a_refit_without_it():
+    measured = calibration()
+    kept = [p for p in measured.points if p.kind != "train_step" or p.name.startswith("train-8")]
+    errors = cross_validate(dataclasses.replace(measured, points=tuple(kept)))
+    assert errors["train_step"][0] == 9
+    assert errors["decode_step"][0] == 9
+    assert max(error for _, *pair in errors.values() for error in pair) < 0.02
+
+
+def test_a_host_that_launches_slowly_is_told_from_the_device():
+    """Small batches take as long as the host needs; their joules then have idle time in them."""
+    measured = calibration()
+    host_s = 20e-3
+
+    def slowed(p):
+        if p.kind != "train_step" or p.seconds_per_call > host_s:
+            return p
+        idle_j = (host_s - p.seconds_per_call) * (
+            IDLE_W + CONTEXT_W + ACTIVE_W + LEAK * (p.mean_temperature_c - LEAK_FROM_C)
+        )
+        return dataclasses.replace(p, duration_s=host_s, energy_j=p.energy_j + idle_j)
+
+    slow = dataclasses.replace(measured, points=tuple(map(slowed, measured.points)))
+    assert sum(p.duration_s == host_s for p in slow.points) > 3
+    model = CostModel.fit(slow)
+    held = [p for p in slow.points if p.held_out]
+    assert mape(relative_errors(model, held, time_measured=False)) < 1e-3
+    launches = next(p for p in slow.points if p.duration_s == host_s).counts.host_launches
+    assert model.profile.host_s_per_launch * launches == pytest.approx(host_s, rel=0.01)
+
+
+def test_points_at_the_power_cap_are_lower_bounds():
+    """Where the limit binds, clocks fall and joules per FLOP with them: such a point must not teach coefficients."""
+    measured, cap_w = calibration(), 600.0
+    limited = dataclasses.replace(measured, device={**measured.device, "power_limit_w": 605.0})
+
+    def capped(p):
+        return dataclasses.replace(p, energy_j=cap_w * p.duration_s, throttled=True) if p.power_w > cap_w else p
+
+    points = tuple(map(capped, measured.points))
+    assert 3 < sum(bool(p.throttled) for p in points) < len(points) - 20
+    model = CostModel.fit(dataclasses.replace(limited, points=points))
+    assert model.profile.cap_w == pytest.approx(cap_w)
+    held = [p for p in points if p.held_out]
+    assert mape(relative_errors(model, held, time_measured=True)) < 0.01
+    assert model.profile.energy["weight_bytes"] == pytest.approx(TRUTH.energy["weight_bytes"], rel=0.1)
+
+
+def test_a_held_out_step_of_load_is_predicted():
+    """The ramp's degrees are wrong on purpose: the fit must not have looked at them."""
+    measured = calibration()
+    ramp = dataclasses.replace(point("ramp", "idle", {}), start_s=30.0, duration_s=30.0, energy_j=30 * 650.0)
+    model = CostModel.fit(dataclasses.replace(measured, points=(*measured.points, ramp)))
+    seen = dataclasses.replace(measured, points=(ramp,))
+    assert steady_error_c(model, seen) < 1.5
+    bent = [t + 20 if 30 <= at <= 60 else t for at, t in zip(trace().time_s, trace().temperature_c, strict=True)]
+    wrong = dataclasses.replace(
+        measured, points=(*measured.points, ramp), trace=dataclasses.replace(trace(), temperature_c=tuple(bent))
+    )
+    assert steady_error_c(CostModel.fit(wrong), wrong) == pytest.approx(20, abs=3)
+    assert steady_error_c(model, measured) is None
 
 
 def test_too_few_points_are_refused():
