@@ -1,0 +1,239 @@
+"""The ledger over attempts, heartbeats, budgets, checkpoints: without Ray, and with real processes where it matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hwcost import EnergyMonitor
+from pipelines import heartbeat, recover
+from pipelines.budget import Budget, stalls
+from pipelines.config import ConfigError, TrialConfig
+from pipelines.data import load_corpus
+from pipelines.journal import Journal
+from pipelines.ledger import Carry
+from pipelines.model import Hardware, build_model
+from pipelines.plan import plan_sweep
+from pipelines.records import EpochRecord, PointRecord, Store, TrialRecord
+from pipelines.training import Trainer, learning_rate
+from pipelines.trial import Trial, TrialKey, run_trial
+from tests.pipelines.synthetic import trial as synthetic
+from tune_spaces import Grid, Space
+
+
+def test_what_was_spent_beyond_a_checkpoint_is_lost() -> None:
+    at_checkpoint = Carry(setup_j=10.0, train_j=20.0, eval_j=5.0, idle_j=1.0)
+    assert at_checkpoint.losing_up_to(50.0).lost_j == 14.0
+    assert at_checkpoint.losing_up_to(50.0).total_j == 50.0
+    assert at_checkpoint.losing_up_to(None).lost_j is None
+    assert Carry.from_document(json.loads(json.dumps({**vars(at_checkpoint)}))) == at_checkpoint
+
+
+def lines_of(end: bool, last: bool) -> list[dict[str, Any]]:
+    counter = [{"t": t, "j": 100.0 * t} for t in range(11)]
+    edges = [
+        {"t": 1.0, "attempt": "a-0", "edge": "begin", "phase": None},
+        {"t": 2.0, "attempt": "a-0", "edge": "open", "phase": "train"},
+        {"t": 4.0, "attempt": "a-0", "edge": "close", "phase": "train"},
+        {"t": 6.0, "attempt": "a-0", "edge": "open", "phase": "train"},
+    ]
+    if end:
+        edges += [{"t": 7.5, "attempt": "a-0", "edge": e, "phase": p} for e, p in (("close", "train"), ("end", None))]
+    counter[-1] |= {"last": True} if last else {}
+    return sorted([*counter, *edges], key=lambda line: line["t"])
+
+
+def test_heartbeats_tell_the_joules_of_an_attempt() -> None:
+    spent = heartbeat.joules_of(lines_of(end=True, last=True), "a-0")
+    assert spent is not None
+    assert spent.total_j == pytest.approx(650.0)
+    assert spent.phases_j == pytest.approx({"train": 350.0})
+    died = heartbeat.joules_of(lines_of(end=False, last=True), "a-0")
+    assert died is not None
+    assert died.total_j == pytest.approx(900.0)
+    assert "heartbeat_estimated" not in died.flags
+    both = heartbeat.joules_of(lines_of(end=False, last=False), "a-0")
+    assert both is not None
+    assert both.total_j == pytest.approx(900.0 + 100.0 * heartbeat.PERIOD_S / 2)
+    assert "heartbeat_estimated" in both.flags
+    assert heartbeat.joules_of(lines_of(end=True, last=True), "b-0") is None
+
+
+def test_a_board_counts_between_actors_and_a_process_does_not(tmp_path: Path) -> None:
+    for number, (first, last) in enumerate(((0.0, 100.0), (150.0, 200.0))):
+        for kind in ("gpu:x", "cpu:6"):
+            rows = [{"t": 0, "spec": kind, "session": "s"}, {"t": 1, "j": first}, {"t": 2, "j": last}]
+            (tmp_path / f"{kind[:3]}{number}.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"torn')
+    meter = heartbeat.Meter(str(tmp_path))
+    assert meter.read_j() == 200.0 + 100.0 + 50.0
+    assert meter.read_j() == 350.0
+    assert heartbeat.Meter(None).read_j() is None
+
+
+def test_the_keeper_outlives_a_killed_process(tmp_path: Path) -> None:
+    """A process burns CPU inside an attempt and is killed; its last second is in the file."""
+    path = tmp_path / "beats.jsonl"
+    code = (
+        "import os, sys, time; from pipelines.heartbeat import Keeper, reader_of\n"
+        "k = Keeper(sys.argv[1], 'cpu:6.0', read=reader_of('cpu:6.0', os.getpid()), period_s=0.1)\n"
+        "k.edge('a-0', 'begin'); print('on', flush=True)\n"
+        "while True: sum(range(10000))"
+    )
+    words = [sys.executable, "-c", code, str(path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert process.stdout is not None
+    process.stdout.readline()
+    while sum("j" in line for line in heartbeat.read_lines(str(path))) < 4:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while not any(line.get("last") for line in heartbeat.read_lines(str(path))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    spent = heartbeat.joules_of(heartbeat.read_lines(str(path)), "a-0")
+    assert spent is not None
+    assert spent.total_j is not None
+    assert spent.total_j > 0
+    assert spent.flags == ("from_heartbeats",)
+
+
+def advance(trial: Trial, count: int) -> None:
+    for _ in range(count):
+        assert isinstance(trial.advance(), EpochRecord)
+
+
+def test_an_attempt_goes_on_where_the_last_checkpoint_was(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """To the bit as if nothing had happened, router noise included; the lost epoch's joules stand under lost."""
+    config = TrialConfig.parse(tiny | {"epochs": 3, "router_jitter": 0.1, "bias_balance_rate": 0.01})
+    journal, store = Journal(str(tmp_path), "s"), Store(tmp_path)
+    with EnergyMonitor.for_assigned_devices(cpu_parallel=2) as monitor:
+        first = Trial(config, TrialKey(sweep_id="s", trial_id=config.trial_id), store, monitor, journal=journal)
+        advance(first, 3)
+        first.ledger.close()
+        assert first.ledger.span is not None
+        spent_j = first.ledger.span.energy_j
+        key = TrialKey(sweep_id="s", trial_id=config.trial_id, attempt=1)
+        second = Trial(config, key, store, monitor, journal=journal, spent_j=spent_j)
+        advance(second, 2)
+        record = second.advance()
+    assert isinstance(record, TrialRecord)
+    assert record.state == "COMPLETED", record.error
+    unbroken = run_trial(config, out=tmp_path / "unbroken")
+    assert record.eval_loss_nats == unbroken.eval_loss_nats
+    assert record.tokens_trained == unbroken.tokens_trained
+    assert record.lost_energy_j is not None
+    assert record.lost_energy_j > 0
+    assert second.ledger.span is not None
+    assert record.total_energy_j == pytest.approx(spent_j + second.ledger.span.energy_j)
+    parts = ("setup", "train", "eval", "idle", "lost")
+    assert sum(getattr(record, f"{part}_energy_j") for part in parts) == pytest.approx(record.total_energy_j)
+    own = [r["epoch"] for r in store.read(EpochRecord, "s").to_pylist() if r["attempt"] == 1]
+    assert own == [0, 1, 2, 3]
+    left = sorted(path.name for path in (tmp_path / "checkpoints" / "s" / config.trial_id).iterdir())
+    assert left == ["final"]
+
+
+def test_anytime_points_are_what_trials_of_that_length_are(tiny: dict[str, Any], tmp_path: Path) -> None:
+    values = tiny | {"schedule": "wsd", "router_jitter": 0.1}
+    record = run_trial(TrialConfig.parse(values | {"epochs": "anytime:3"}), out=tmp_path / "a")
+    assert record.state == "COMPLETED", record.error
+    points = Store(tmp_path / "a").read(PointRecord).to_pylist()
+    assert [point["epochs"] for point in points] == [1, 2, 3]
+    for point in points:
+        alone = run_trial(TrialConfig.parse(values | {"epochs": point["epochs"]}), out=tmp_path / str(point["epochs"]))
+        assert point["eval_loss_nats"] == alone.eval_loss_nats
+        assert point["config_fingerprint"] == alone.config_fingerprint
+        assert point["tokens_trained"] == alone.tokens_trained
+    assert points[0]["branch_energy_j"] > 0
+    assert points[2]["branch_energy_j"] is None
+    assert points[2]["train_energy_j"] == record.train_energy_j
+    assert record.branches_energy_j == pytest.approx(points[0]["branch_energy_j"] + points[1]["branch_energy_j"])
+    names = ("setup", "train", "eval", "branches", "idle", "lost")
+    assert sum(getattr(record, f"{name}_energy_j") for name in names) == pytest.approx(record.total_energy_j)
+
+
+def test_wsd_is_stable_then_decays_and_shares_its_trunk(tiny: dict[str, Any]) -> None:
+    config = TrialConfig.parse(tiny | {"schedule": "wsd", "learning_rate": 1.0, "epochs": 2})
+    short, long = ([learning_rate(config, step, total, 50) for step in range(total)] for total in (50, 100))
+    assert short[:40] == long[:40]
+    assert long[3:80] == [1.0] * 77
+    assert long[80:] == sorted(long[80:], reverse=True)
+    assert 0 <= long[-1] < 0.05
+
+
+def test_a_branch_leaves_no_trace(tiny: dict[str, Any]) -> None:
+    config = TrialConfig.parse(tiny | {"schedule": "wsd", "router_jitter": 0.1, "bias_balance_rate": 0.01})
+    corpus, hardware = load_corpus(config), Hardware.of(config)
+    trainer = Trainer(build_model(config, corpus, hardware)[0], config, hardware, corpus.splits["train"].first(2048))
+    trainer.run_to(3, 8)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with trainer.branch():
+        trainer.run_to(6, 6)
+    assert trainer.step == 3
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(before[name], value), name
+
+
+def test_one_driver_at_a_time(tmp_path: Path) -> None:
+    one, two = (Journal(str(tmp_path), "s") for _ in range(2))
+    with one.driving(), pytest.raises(ConfigError, match=f"driven by process {os.getpid()}"), two.driving():
+        pass
+    with two.driving():
+        pass
+
+
+def test_one_lease_at_a_time_on_an_object_store(tmp_path: Path) -> None:
+    one, two = (Journal("memory://leases/out", "s") for _ in range(2))
+    with one.driving(), pytest.raises(ConfigError, match="expected a sweep that nobody drives"), two.driving():
+        pass
+    with two.driving():
+        assert two.get("driver.json")["pid"] == os.getpid()
+
+
+def test_an_attempt_that_died_gets_its_row(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = TrialConfig.parse(tiny)
+    journal, store = Journal(str(tmp_path), "s"), Store(tmp_path)
+    claim = recover.empty_claim(config) | {"beats": "b", "spent_j": 100.0, "source": "counter"}
+    assert journal.claim(config.trial_id, claim) == 0
+    path = journal.beat_path("b")
+    assert path is not None
+    rows = [
+        {**line, "attempt": f"{config.trial_id}-0"} if "attempt" in line else line for line in lines_of(False, True)
+    ]
+    Path(path).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (row,) = recover.write_missing(store, journal, ended_by="died")
+    assert (row.state, row.ended_by, recover.is_final(row)) == ("FAILED", "died", False)
+    assert row.total_energy_j == pytest.approx(1000.0)
+    assert (row.lost_energy_j, row.train_energy_j, row.idle_energy_j) == pytest.approx((100.0, 600.0, 300.0))
+    assert recover.write_missing(store, journal, ended_by="died") == []
+    assert recover.spent_before(store, "s", config.trial_id, 1) == pytest.approx(1000.0)
+    assert journal.claim(config.trial_id, claim) == 1
+
+
+@pytest.mark.parametrize(("gains", "ends"), [((0.5, 0.4, 0.3), False), ((0.5, 3.0, 3.0), True)])
+def test_a_front_that_does_not_grow_ends_the_sweep(gains: tuple[float, ...], ends: bool) -> None:
+    points = [(10.0, 3.0), (20.0, 2.0), *((5.0, gain) for gain in gains)]
+    assert stalls(points, 2) is ends
+    assert not stalls(points[:2], 2)
+
+
+def test_budgets_name_their_reason(tiny: dict[str, Any]) -> None:
+    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
+    budget = Budget(plan_sweep(space, max_joules=100), lambda: 101.0)
+    assert budget.stop_all()
+    assert budget.reason == "max_joules: 101 J of 100 J are spent"
+    assert not Budget(plan_sweep(space, max_joules=100), lambda: None).stop_all()
+    late = Budget(plan_sweep(space, max_hours=1), lambda: None, before_s=3601)
+    assert late.stop_all()
+    known = [synthetic(f"t{i}", train_energy_j=10.0 + i, eval_loss_nats=3.0) for i in range(6)]
+    assert Budget(plan_sweep(space, stall=3), lambda: None, known).stop_all()

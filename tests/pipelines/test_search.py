@@ -1,0 +1,97 @@
+"""Searches: conditions are kept, outcomes are told as what they are, sessions continue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+
+from pipelines.config import ConfigError, TrialConfig
+from pipelines.plan import plan_sweep
+from pipelines.search import Study, StudySearch, sampler_of, study_of
+from pipelines.trial_rows import config_columns
+from tests.pipelines.synthetic import trial
+from tune_spaces import Grid, LogUniform, Space
+
+STATES = optuna.trial.TrialState
+
+
+def space_of(tiny: dict[str, Any]) -> Space:
+    fixed = {k: v for k, v in tiny.items() if k not in ("energy_lambda", "regularizer", "regularizer_weight")}
+    domains = {
+        "energy_lambda": LogUniform(1e-3, 1.0),
+        "regularizer_weight": LogUniform(1e-3, 1.0),
+        "regularizer": Grid(("none", "load_balance")),
+    }
+    conditions = {"regularizer_weight": {"regularizer": ("load_balance",)}}
+    return Space(name="s", question="", fixed=fixed, domains=domains, conditions=conditions, sweep={})
+
+
+def row_of(config: TrialConfig, **changes: Any) -> Any:
+    values = config_columns(config) | {"train_energy_j": 10 + config.energy_lambda, "eval_loss_nats": 3.0}
+    return trial(config.trial_id, **(values | changes))
+
+
+@pytest.mark.parametrize("search", ["tpe", "nsga2", "gp"])
+def test_a_search_draws_valid_trials_and_keeps_conditions(tiny: dict[str, Any], search: str) -> None:
+    plan = plan_sweep(space_of(tiny), search=search, samples=14)
+    assert plan.trials == ()
+    study = study_of(plan, [])
+    seen = set()
+    for _ in range(14):
+        config = study.ask()
+        assert config.trial_id not in seen
+        seen.add(config.trial_id)
+        assert config.regularizer_weight == 0 or config.regularizer == "load_balance"
+        study.tell(config.trial_id, row_of(config))
+    drawn = [set(t.params) for t in study.study.trials]
+    assert {"energy_lambda", "regularizer"} in drawn
+    assert {"energy_lambda", "regularizer", "regularizer_weight"} in drawn
+
+
+def test_outcomes_are_told_as_what_they_are(tiny: dict[str, Any]) -> None:
+    study = Study(space_of(tiny), ("train_energy_j", "eval_loss_nats"), sampler_of("tpe", 8))
+    changes: list[dict[str, Any]] = [
+        {},
+        {"state": "FAILED"},
+        {"state": "STOPPED", "censored": True},
+        {"eval_loss_nats": float("nan")},
+        {"train_energy_j": None},
+    ]
+    for change in changes:
+        config = study.ask()
+        study.tell(config.trial_id, row_of(config, **change))
+    lost = study.ask()
+    study.tell(lost.trial_id, None)
+    assert [t.state for t in study.study.trials] == [STATES.COMPLETE, *[STATES.FAIL] * 5]
+    assert len(study.study.best_trials) == 1
+
+
+def test_a_session_remembers_the_earlier_ones(tiny: dict[str, Any]) -> None:
+    plan = plan_sweep(space_of(tiny), search="tpe", samples=6, objectives=["train_energy_j", "tokens_per_s:max"])
+    first = study_of(plan, [])
+    rows = [row_of(first.ask()) for _ in range(4)]
+    second = study_of(plan, rows)
+    assert [t.state for t in second.study.trials] == [STATES.COMPLETE] * 4
+    assert [d.name for d in second.study.directions] == ["MINIMIZE", "MAXIMIZE"]
+    assert set(second.known) == {row.trial_id for row in rows}
+    assert second.ask().trial_id not in second.known
+
+
+def test_the_searcher_runs_what_is_unfinished_first(tiny: dict[str, Any]) -> None:
+    plan = plan_sweep(space_of(tiny), search="nsga2", samples=3)
+    unfinished = TrialConfig.parse(tiny)
+    searcher = StudySearch(study_of(plan, []), {"out": "x"}, [unfinished], 2)
+    first = searcher.suggest("ray-1")
+    assert first["trial"]["trial_id"] == unfinished.trial_id
+    assert first["out"] == "x"
+    searcher.on_trial_complete("ray-1", error=True)
+    assert searcher.suggest("ray-2") is not None
+    assert searcher.suggest("ray-3") == "FINISHED"
+
+
+def test_nothing_to_search_is_named(tiny: dict[str, Any]) -> None:
+    space = Space(name="s", question="", fixed=tiny, domains={}, conditions={}, sweep={})
+    with pytest.raises(ConfigError, match="search: expected a space with domains"):
+        study_of(plan_sweep(space, search="tpe"), [])
