@@ -205,11 +205,14 @@ def norm_route(
         x = (tl.load(x_TD + t * D + col, mask=inside, other=0.0).to(tl.float32) - mean) * inverse
         gamma = tl.load(gamma_D + col, mask=inside, other=0.0).to(tl.float32)
         beta = tl.load(beta_D + col, mask=inside, other=0.0).to(tl.float32)
-        low = (x * gamma + beta).to(out_TD.dtype.element_ty)
+        x = x * gamma + beta
+        low = x.to(out_TD.dtype.element_ty)
         tl.store(out_TD + t * D + col, low, mask=inside)
         mask = real[:, None] & inside[None, :]
         gate = tl.load(gate_ED + e[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        logit += tl.sum(gate * low.to(tl.float32)[None, :], 1)
+        if x_TD.dtype.element_ty != tl.float32:  # what a 16-bit model's router sees is rounded
+            x = low.to(tl.float32)
+        logit += tl.sum(gate * x[None, :], 1)
     score = tl.where(real, logit / tl.load(temperature), -float("inf"))
     select = score
     if BALANCED:
@@ -241,16 +244,21 @@ def head_scores(
     logits_TV,
     best_BT,
     where_BT,
+    length_T,
+    least_1,
+    eos_F,
     T,
     D,
     V,
     STORE: tl.constexpr,
+    EOS: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits of a block of the vocabulary, rounded to the model's type, and each token's best of the block."""
+    """Logits of a block of the vocabulary, rounded to the model's type, and each token's best of the block, in which
+    no token ends a sequence before it has its least length."""
     block = tl.program_id(0)
     token = tl.arange(0, BT)
     live = token < T
@@ -266,6 +274,10 @@ def head_scores(
         at = token.to(tl.int64)[:, None] * V + entry[None, :]
         tl.store(logits_TV + at, low, mask=live[:, None] & (entry < V)[None, :])
     score = tl.where((entry < V)[None, :], low.to(tl.float32), -float("inf"))
+    early = tl.load(length_T + token, mask=live, other=0) + 1 < tl.load(least_1)
+    for i in tl.static_range(EOS):
+        ends = entry == tl.load(eos_F + i)
+        score = tl.where(early[:, None] & ends[None, :], -float("inf"), score)
     best = tl.max(score, 1)
     first = tl.min(tl.where(score == best[:, None], entry[None, :], V), 1)
     tl.store(best_BT + block * T + token, best, mask=live)

@@ -6,6 +6,7 @@ own loop, unasked.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -19,6 +20,7 @@ try:
 except ImportError:  # no Triton
     decoding = None  # type: ignore[assignment]
 
+TOLERANCE = 0.05  # of a step's logits in 16 bits: rounding gives about 0.01
 CHECK_EVERY = 16  # steps between two looks at whether all sequences have ended
 
 # Graphs hold memory and may not be copied or saved with the model.
@@ -40,22 +42,76 @@ class GraphedGeneration(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         plain = not synced_gpus and streamer is None
-        if not (plain and _serves(self, input_ids, stopping_criteria, generation_config, model_kwargs)):
-            return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
-        outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-        stop = _stop_tokens(stopping_criteria)
-        decoder = _decoder(self, input_ids.shape[0], stopping_criteria.max_length, stop)
-        sampled = bool(generation_config.do_sample) or len(logits_processor) > 0
+        if plain and _serves(self, input_ids, stopping_criteria, generation_config, model_kwargs):
+            ids_BL = _generate(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+            if ids_BL is not None:
+                return ids_BL
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
+
+
+def _generate(
+    model: Any, ids_BS: Tensor, processors: Any, stopping: Any, options: Any, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The tokens; None where no captured step can be had."""
+    decoder = _decoder(model, ids_BS.shape[0], stopping.max_length, _stop_tokens(stopping))
+    if decoder is None:
+        return None
+    mask_BS = kwargs.get("attention_mask")
+    mask_BS = torch.ones_like(ids_BS) if mask_BS is None else mask_BS
+    cache = DynamicCache(config=model.config)  # the caller's own cache stays as it came
+    outputs = model._prefill(ids_BS, options, {**kwargs, "past_key_values": cache}, is_first_iteration=True)
+    least = _least_length(processors, ids_BS.shape[1])
+    sampled = bool(options.do_sample) or least is None
+    pad = options._pad_token_tensor
+    decoder.start(cache, ids_BS, mask_BS, 0 if pad is None else int(pad), least or 0)
+    choose = _Chooser(processors, options.do_sample)
+    decoder.append(choose(ids_BS, outputs.logits[:, -1]))
+    if not _prepared(model, decoder, cache, mask_BS, sampled):
+        return None
+    return _run(decoder, choose if sampled else None, ids_BS.shape[1] + 1, stopping.max_length)
+
+
+def _least_length(processors: Any, prompt: int) -> int | None:
+    """Tokens that a sequence must have before it may end, as far as that is all the processors ask; else None."""
+    names = [type(p).__name__ for p in processors]
+    if not names:
+        return 0
+    if names != ["MinNewTokensLengthLogitsProcessor"]:
+        return None
+    return prompt + int(processors[0].min_new_tokens)
+
+
+def _prepared(model: Any, decoder: Any, cache: Any, mask_BS: Tensor, sampled: bool) -> bool:
+    """Capture what this call needs. A new decoder first proves itself on this very prompt: the logits of its step
+    must be those of the model's own forward, or it is never used."""
+    if decoder.proven:
         decoder.prepare(sampled)
-        pad = generation_config._pad_token_tensor
-        mask_BS = model_kwargs.get("attention_mask")
-        mask_BS = torch.ones_like(input_ids) if mask_BS is None else mask_BS
-        decoder.start(outputs.past_key_values, input_ids, mask_BS, 0 if pad is None else int(pad))
-        choose = _Chooser(logits_processor, generation_config.do_sample)
-        decoder.append(choose(input_ids, outputs.logits[:, -1]))
-        return _run(decoder, choose if sampled else None, input_ids.shape[1] + 1, stopping_criteria.max_length)
+        return True
+    try:
+        decoder.prepare(True)
+        decoder.prepare(sampled)
+        decoder.step(sampled=True)
+        mask_BS = torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], dim=1)
+        own = {"input_ids": decoder.token_T[:, None], "position_ids": decoder.position_T[:, None]}
+        want_BV = model(**own, attention_mask=mask_BS, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        error = float(_distance(decoder.logits_TV.float(), want_BV))
+    except Exception as problem:
+        decoder.broken = f"{type(problem).__name__}: {problem}"
+    else:
+        decoder.proven = error < TOLERANCE
+        decoder.broken = None if decoder.proven else f"its logits are {error:.3f} off"
+    if decoder.broken:
+        warnings.warn(f"generate runs without a captured decode step: {decoder.broken}", stacklevel=2)
+    return decoder.proven
+
+
+def _distance(got_BV: Tensor, want_BV: Tensor) -> Tensor:
+    """Relative distance of logits, what softmax ignores taken off; the median sequence, since near-ties may route
+    single ones to other experts."""
+    got_BV, want_BV = (z - z.mean(1, keepdim=True) for z in (got_BV, want_BV))
+    return ((got_BV - want_BV).norm(dim=1) / want_BV.norm(dim=1).clamp_min(1e-6)).median()
 
 
 class _Chooser:
@@ -106,7 +162,6 @@ def _serves(model: Any, ids_BS: Tensor, stopping: Any, options: Any, kwargs: dic
         kwargs.get("inputs_embeds") is not None,
         kwargs.get("token_type_ids") is not None,
         kwargs.get("position_ids") is not None,
-        torch.is_autocast_enabled("cuda"),
     )
     fresh = type(cache) in (DynamicCache, StaticCache) and cache.get_seq_length() == 0
     fresh = bool(fresh and not getattr(cache, "_is_user_defined", False))
@@ -122,10 +177,12 @@ def _stop_tokens(stopping: Any) -> tuple[int, ...]:
 
 
 def _decoder(model: Any, batch: int, length: int, stop: tuple[int, ...]) -> Any:
-    """The decoder of this model, captured once per batch size and stop tokens; a new one where the old does not fit."""
+    """The decoder of this model, captured once per batch size and stop tokens; a new one where the old does not fit.
+    None where it did not prove itself."""
     mine = _decoders.setdefault(model, {})
-    held = mine.get((batch, stop))
-    if held is None or not held.fits(model, batch, length, stop):
-        multiple = decoding.CACHE_MULTIPLE
-        mine[batch, stop] = held = decoding.Decoder(model, batch, -(-length // multiple) * multiple, stop)
-    return held
+    held, dtype = mine.get((batch, stop)), decoding.compute_type(model)
+    if held is None or not held.fits(model, length, dtype):
+        mine.pop((batch, stop), None)
+        blocks = -(-(length + decoding.SPARE) // decoding.CACHE_MULTIPLE)
+        mine[batch, stop] = held = decoding.Decoder(model, batch, blocks * decoding.CACHE_MULTIPLE, stop, dtype)
+    return None if held.broken else held

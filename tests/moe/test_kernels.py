@@ -113,7 +113,7 @@ def test_decode_step_equals_transformers_loop(name, monkeypatch):
     with torch.no_grad():
         position_BS = (mask_BS.cumsum(1) - 1).clamp_min(0)
         output = model(ids_BS, attention_mask=mask_BS, position_ids=position_BS, use_cache=True)
-        decoder = decoding.Decoder(model, 3, 64, (), graph=DEVICE == "cuda")
+        decoder = decoding.Decoder(model, 3, 64, (), torch.float32, graph=DEVICE == "cuda")
         decoder.prepare(False)
         decoder.start(output.past_key_values, ids_BS, mask_BS, 7)
         decoder.append(output.logits[:, -1].argmax(-1))
