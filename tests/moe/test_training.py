@@ -107,13 +107,13 @@ WIDTHS = [32, 32, 64, 64, 128, 128, 256, 256]
 
 
 def selected_width(
-    router: Router, tokens: Tokens, x_TD: Tensor, balancer: str, *, blind: bool = False, steps: int = 300
+    router: Router, tokens: Tokens, x_TD: Tensor, balancer: str, *, blind: bool = False, steps: int = 120
 ) -> float:
     """Mean neurons per choice over the dense 128, after balancing the router alone for a while.
 
     `blind` balances the priced choices, as a balancer would that knows nothing of the price.
     """
-    optimizer = torch.optim.Adam(router.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
     for _ in range(steps):
         routing = router(x_TD, tokens)
         if blind:
@@ -124,7 +124,7 @@ def selected_width(
             optimizer.step()
         elif balancer == "bias":
             n_E = count_E(*routing.demand(), len(WIDTHS)).float()
-            router.bias_E += 0.01 * (n_E.mean() - n_E).sign()
+            router.bias_E += 0.02 * (n_E.mean() - n_E).sign()
     return float(torch.tensor(WIDTHS)[router(x_TD, tokens).expert_TK].float().mean()) / 128
 
 
@@ -132,8 +132,8 @@ def selected_width(
 def test_balancing_does_not_cancel_the_price(k: int) -> None:
     """Selected width at λ = 1 with either balancer stays within 10 % of that without; a balancer that counts priced
     choices drives it back to where it was at λ = 0."""
-    x_TD = torch.randn(2048, 64, generator=torch.Generator().manual_seed(1))
-    tokens = Tokens(batch_size=1, position_T=torch.arange(2048))
+    x_TD = torch.randn(1024, 64, generator=torch.Generator().manual_seed(1))
+    tokens = Tokens(batch_size=1, position_T=torch.arange(1024))
 
     def width(energy_lambda: float, balancer: str, *, blind: bool = False) -> float:
         torch.manual_seed(0)
