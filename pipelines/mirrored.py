@@ -139,7 +139,7 @@ def chart_view(sweep_id: str) -> tuple[str, str]:
         "selectedParams": ["router", "top_k", "energy_lambda", "regularizer"],
         "selectedMetrics": ["decode_j_per_token", "train_energy_j", "eval_loss_nats"],
     }
-    cards = [
+    cards: list[dict[str, Any]] = [
         {"type": "SCATTER", "displayName": "Loss against joules", "xaxis": joules, "yaxis": loss},
         {"type": "PARALLEL", "displayName": "Configuration, joules, loss", "showAllRuns": True, **axes},
         {"type": "SCATTER", "displayName": "Loss against seconds", "xaxis": seconds, "yaxis": loss},

@@ -23,7 +23,10 @@ from pipelines.chart import Heat
 from pipelines.records import EpochRecord, TrialRecord
 from pipelines.results import FILTERS, Results, joules_word, keys_of, load, title_of
 from pipelines.section import Section
+from pipelines.show import number
 
+#: Matrices of at most so many columns stand two in a row.
+NARROW = 5
 Papers = Literal["few", "all", "none"]
 _FILTER_TITLES = {"energy_lambda": "λ", "top_k": "top-k"}
 
@@ -130,7 +133,7 @@ def render(results: Results, sections: Sequence[Section], *, refresh_s: int | No
     """The page. Every name that comes from data is escaped; the page may load nothing (content security policy)."""
     files = importlib.resources.files("pipelines") / "templates"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.tests["heat"] = lambda figure: isinstance(figure, Heat)
+    environment.tests["heat"] = lambda figure: isinstance(figure, Heat) and len(figure.columns) <= NARROW
     template = environment.from_string((files / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         sweep_id=results.sweep_id,
@@ -155,10 +158,10 @@ def _headline(results: Results) -> str:
     loss = [row[front.objectives[1].column] for row in rows]
     joules = [row[front.objectives[0].column] for row in rows]
     if len(rows) == 1:
-        return f"One configuration beats all others: loss {loss[0]:.3f} for {joules[0]:,.4g} {joules_word(front)}"
+        return f"One configuration beats all others: loss {loss[0]:.3f} for {number(joules[0])} {joules_word(front)}"
     return (
-        f"From loss {loss[0]:.3f} for {joules[0]:,.4g} {joules_word(front)} to {loss[-1]:.3f} for {joules[-1]:,.4g}: "
-        f"{len(rows)} ways to spend them"
+        f"From loss {loss[0]:.3f} for {number(joules[0])} {joules_word(front)} to {loss[-1]:.3f} for "
+        f"{number(joules[-1])}: {len(rows)} ways to spend them"
     )
 
 

@@ -27,7 +27,7 @@ def curves_section(results: Results) -> Section | None:
     done = [row for row in results.trials if row["converged_at"] is not None]
     text = (
         f"A trial counts as converged after the first epoch whose successor improves validation loss by less than "
-        f"0.5 %: {len(done)} of {len(results.trials)} trials (marked by a dot).",
+        f"0.5 %: {len(done)} of {len(results.trials)} trials (ringed).",
     )
     figures = tuple(figure for figure in (by_epoch, by_joules) if figure.lines)
     return Section(
@@ -117,6 +117,8 @@ def _curve_chart(
     lines, dots, ends = [], [], []
     for row in _weak_first(results):
         curve = [r for r in results.curves.get(row["trial_id"], []) if r[x] is not None and r[y] is not None]
+        if y == "eval_loss_nats":  # the untrained model's loss would flatten all others
+            curve = [r for r in curve if r["epoch"] > 0]
         if not curve:
             continue
         tip = f"{results.look.name(row)}\ntrial {row['trial_id']}, seed {row['seed']}"
@@ -129,11 +131,11 @@ def _curve_chart(
         xs, ys = [r[x] for r in curve], [r[y] for r in curve]
         lines.append(Line(x=xs, y=ys, tip=tip, dash=results.look.dash(row), **look))
         ends.append(ys[-1])
-        at = [r for r in curve if r["epoch"] == row["converged_at"]] if y == "eval_loss_nats" else []
-        dots += [
-            Point(x=r[x], y=r[y], tip=f"{tip}\nconverged at epoch {r['epoch']}", shape=results.look.shape(row), **look)
-            for r in at
-        ]
+        for r in curve:
+            done = y == "eval_loss_nats" and r["epoch"] == row["converged_at"]
+            if done or len(curve) == 1:
+                words = f"{tip}\nconverged at epoch {r['epoch']}" if done else tip
+                dots.append(Point(x=r[x], y=r[y], tip=words, shape=results.look.shape(row), ring=done, **look))
     bits = results.bits_per_nat if y == "eval_loss_nats" else None
     span = f"; last values from {min(ends):.4g} to {max(ends):.4g}" if ends else ""
     return Chart(

@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.chart import Axis, Band, Bars, Chart, Key, Line
 from pipelines.results import Results, energy_cell, is_modelled, keys_of
 from pipelines.section import Section, Sheet
+from pipelines.show import number
 
 PHASES = (
     ("training", "train_energy_j"),
@@ -62,7 +63,7 @@ def phases_section(results: Results) -> Section | None:
             row["trial_id"],
             *(energy_cell(row, column) for _, column in PHASES),
             energy_cell(row, "total_energy_j"),
-            "–" if row["modelled_train_energy_j"] is None else f"{row['modelled_train_energy_j']:.5g} modelled",
+            "–" if row["modelled_train_energy_j"] is None else f"{number(row['modelled_train_energy_j'])} modelled",
             row["energy_source"] or "–",
         )
         for row in rows
@@ -79,7 +80,7 @@ def _by_source(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         source = row["energy_source"] or "not known"
         sums[source] = sums.get(source, 0.0) + sum(row[column] or 0.0 for _, column in PHASES)
-    return " and ".join(f"{joules:,.5g} J ({source})" for source, joules in sums.items())
+    return " and ".join(f"{number(joules)} J ({source})" for source, joules in sums.items())
 
 
 def power_section(results: Results) -> Section | None:
@@ -117,7 +118,8 @@ def _power_charts(results: Results, name: str, row: dict[str, Any], samples: Seq
         mean = sum(measured[1]) / len(measured[1]) if measured else None
         words = "no watts were measured" if mean is None else f"measured mean {mean:.4g} W"
         axis = Axis(title="power (W" + (")" if measured else ", modelled)"), zero=True)
-        legend = (Key(label="measured", kind="line"), Key(label="modelled", kind="line", colour=3, dash=1))
+        legend: tuple[Key, ...] = (Key(label="measured", kind="line"),) if measured else ()
+        legend += (Key(label="modelled", kind="line", colour=3, dash=1),) if modelled else ()
         found.append(
             _trace_chart(name, f"Power: {head}", f"Power over time; {words}.", axis, lines, spans, legend, 280)
         )

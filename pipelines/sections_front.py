@@ -37,7 +37,11 @@ def decision(results: Results) -> Section:
     if front.modelled:
         text.append("All joules here are modelled, not measured: they rank configurations, they do not bill them.")
     if front.probability_N is None:
-        text.append("No configuration was repeated with another seed, so nothing is known of the spread of its loss.")
+        text.append(
+            "No configuration was repeated with another seed: nothing is known of the spread of its loss, and the "
+            "intervals of its joules are the meter's alone, without the spread between runs."
+        )
+    text += [f"{note[0].upper()}{note[1:]}." for note in front.notes]
     return Section(id="decision", title="In short", text=tuple(text))
 
 

@@ -129,8 +129,8 @@ def interval(row: dict[str, Any], axis: str) -> str:
 
 
 def number(value: float) -> str:
-    """Five significant digits without an exponent where that is short."""
-    return f"{value:.5g}"
+    """Five significant digits; large values whole, with thousands apart."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
 
 
 def table_columns(table: str) -> list[str]:

@@ -126,7 +126,7 @@ def test_the_page_is_whole_and_loads_nothing(page: Path) -> None:
         "left out: 1 × censored (ended early) (cut)",
         "late sample",
         "joulemoe pareto",
-        "marked by a dot",
+        "(ringed)",
         "http://127.0.0.1:5000/#/experiments/1/runs/abc",
     ],
 )
