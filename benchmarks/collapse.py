@@ -2,9 +2,9 @@
 
 Trains one small dense GPT-2 (byte level, on the Python documentation that ships with Python), upcycles it to 8 experts
 a layer, K = 1, mixed as Switch mixes (weight p), and trains on: once without any balancing, and once for every
-regularizer, for the temperature and for bias balancing. Everything else stays equal: start, batches, learning rates.
-Writes a figure and prints a Markdown table. Runs on a CPU in a few minutes, and repeats to the last digit on one
-machine:
+regularizer (`entropy` has the gradient of `kl_uniform`), for the temperature and for bias balancing. Everything else
+stays equal: start, batches, learning rates. Writes a figure and prints a Markdown table. Runs on a CPU in a few
+minutes, and repeats on one machine:
 
     python benchmarks/collapse.py --out docs/img/collapse.png
 """
@@ -45,7 +45,6 @@ def variants() -> list[Variant]:
         "load_balance": 0.1,
         "cv2": 0.1,
         "kl_uniform": 0.1,
-        "entropy": 0.1,
         "kl_gibbs": 0.1,
         "z_loss": 0.01,
         "expected_energy": 0.1,
@@ -134,7 +133,7 @@ def run(variant: Variant, dense: GPT2LMHeadModel, texts: tuple[Tensor, Tensor], 
     optimizer = torch.optim.AdamW([{"params": gates, "lr": 1e-2}, {"params": others, "lr": 1e-3}], betas=(0.9, 0.95))
     generator, start, curve = torch.Generator().manual_seed(seed + 2), time.perf_counter(), []
     for step in range(steps + 1):
-        if step % max(steps // 15, 1) == 0:
+        if step % max(steps // 10, 1) == 0:
             _, summary = evaluate(model, held_out, 4)
             curve.append((step, summary.effective_experts, min(summary.layer_effective_experts)))
         x_BS = batch_of(train, generator)
@@ -142,7 +141,7 @@ def run(variant: Variant, dense: GPT2LMHeadModel, texts: tuple[Tensor, Tensor], 
         optimizer.step()
         optimizer.zero_grad()
         model.after_step()
-    loss, summary = evaluate(model, held_out, 40)
+    loss, summary = evaluate(model, held_out, 30)
     return Outcome(
         name=variant.name,
         loss=loss,
@@ -195,13 +194,13 @@ def draw(outcomes: list[Outcome], path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/img/collapse.png"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--dense-steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of runs, by their first word")
     parser.add_argument("--json", type=pathlib.Path, help="write the outcomes here")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tensors this small gain nothing from more
     texts = corpus()
     dense = pretrained(texts[0], arguments.dense_steps, arguments.seed)
     outcomes = []

@@ -28,7 +28,7 @@ import os
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
 from moe.config import MoEGPT2Config
@@ -229,7 +229,13 @@ def upcycle_checkpoint(
         out: folder to write.
         noise, seed: see `upcycle`.
         moe: MoE keys of `MoEGPT2Config`; all else comes from the base.
+
+    Raises:
+        ValueError: the base is not a dense GPT-2, or an MoE key is bad; one line.
     """
+    found = AutoConfig.from_pretrained(base).model_type
+    if found != "gpt2":
+        raise ValueError(f"base: expected a dense checkpoint of model_type gpt2, got {found} in {base}")
     dense = GPT2LMHeadModel.from_pretrained(base)
     model = upcycle(dense, moe_config(dense, **moe), noise=noise, seed=seed)
     model.save_pretrained(out)

@@ -210,6 +210,8 @@ def test_checkpoint_to_checkpoint(dense: Dense, ids: Tensor, tmp_path: Path) -> 
     )
     loaded = MoEGPT2LMHeadModel.from_pretrained(tmp_path / "moe")
     assert loaded.config.router == "energy"
+    with pytest.raises(ValueError, match="base: expected a dense checkpoint of model_type gpt2, got moe_gpt2"):
+        upcycle_checkpoint(tmp_path / "moe", tmp_path / "again")
     assert upcycling_error(dense(), loaded, ids) < 1e-5
 
 
