@@ -4,12 +4,13 @@
 
 DistilGPT2, 6 MoE layers of 8 experts, bf16, batch 32, K 2, a 64-token prompt, 128 new tokens. The step time is the
 difference of a long and a short generation over the difference of their lengths, so the prompt drops out; the whole
-call over all new tokens stands beside it.
+call over all new tokens stands beside it. Joules per token are of the whole call.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import traceback
 import warnings
 
@@ -22,7 +23,7 @@ from hwcost import EnergyMonitor
 from moe import MoEGPT2Config
 from moe.modeling import MoEGPT2LMHeadModel
 
-BATCH, PROMPT, NEW, K = 32, 64, 128, 2
+BATCH, PROMPT, NEW, SHORT, K = 32, 64, 128, 8, 2
 
 
 def generation(model: torch.nn.Module, ids_BS: torch.Tensor, new: int, **options: object) -> Case:
@@ -58,14 +59,16 @@ def main() -> None:
         "ours, static cache": (ours, {"cache_implementation": "static"}),
     }
     cases: dict[str, Case] = {}
+    short: dict[str, Case] = {}
     for name, (model, options) in variants.items():
         if args.only and name not in args.only:
             continue
         try:
-            case = generation(model, ids_BS, NEW, **options)
-            for _ in range(3):
+            case, brief = (generation(model, ids_BS, new, **options) for new in (NEW, SHORT))
+            for _ in range(2):
                 case()
-            cases[name] = case
+                brief()
+            cases[name], short[name] = case, brief
         except Exception:
             print(f"{name} left out:")
             traceback.print_exc(limit=-4)
@@ -76,11 +79,14 @@ def main() -> None:
     with EnergyMonitor.for_assigned_devices() as monitor:
         if args.repetitions:
             runs = interleave(cases, repetitions=args.repetitions, seconds=args.seconds, monitor=monitor)
+            brief_runs = interleave(short, repetitions=args.repetitions, seconds=args.seconds / 2)
             title = f"generate, batch {BATCH}, {NEW} new tokens: ms per call, mJ per token"
             print_table(title, runs, next(iter(runs)), divide=BATCH * NEW)
             for name, samples in runs.items():
-                ms = sorted(s.duration_ms for s in samples)[len(samples) // 2]
-                print(f"{name:28s} {ms / NEW:.3f} ms per new token, prompt included")
+                ms = statistics.median(s.duration_ms for s in samples)
+                brief_ms = statistics.median(s.duration_ms for s in brief_runs[name])
+                step_ms = (ms - brief_ms) / (NEW - SHORT)
+                print(f"{name:28s} {step_ms:.3f} ms a step; {ms / NEW:.3f} ms per new token, prompt included")
         synchronize()
 
 

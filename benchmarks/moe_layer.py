@@ -85,7 +85,11 @@ def captured(case: Case) -> Case:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         case()
-    return graph.replay
+
+    def replay(keep: Case = case) -> None:  # the graph reads the case's tensors: they must outlive it
+        graph.replay()
+
+    return replay
 
 
 def step(layer: nn.Module, *, compiled: bool) -> Case:

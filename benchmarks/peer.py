@@ -5,6 +5,8 @@ The literal decorator below must stand in the module that defines the model, or 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -80,7 +82,7 @@ class PeerModel(GPT2Model):
 
 class PeerLMHeadModel(GPT2PreTrainedModel, GenerationMixin):
     config_class = PeerConfig
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
     _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config):
