@@ -64,7 +64,7 @@ class TrainStep:
         self.trainer = Trainer(self.model.to(device), config, hardware, _text(2 * batch, length, shape.vocab_size))
         self._epoch = 0
         self.run()  # compiles
-        steps = max(_LEAST_STEPS, _SEQUENCES_PER_EPOCH // batch)
+        steps = max(_LEAST_STEPS, _SEQUENCES_PER_EPOCH // batch) if device.type == "cuda" else 2
         self.trainer.split = _text(steps * batch, length, shape.vocab_size)
 
     def configure(self, params: Mapping[str, Any]) -> dict[str, float]:
