@@ -135,8 +135,8 @@ def segment_words(segment: Segment, name: Namer = name_of) -> str:
     span = ""
     if segment.from_range is not None:
         low, high = segment.from_range
-        span = f" (95 %: {low:.3g} to {'never' if math.isinf(high) else f'{high:.3g}'})"
-    return f"from {segment.from_tokens:.3g} decoded tokens{span} on {name(segment.labels)} costs least"
+        span = f" (95 %: {number(low)} to {'never' if math.isinf(high) else number(high)})"
+    return f"from {number(segment.from_tokens)} decoded tokens{span} on {name(segment.labels)} costs least"
 
 
 def _chart(results: Results, life: Lifetime, decode_tokens: float | None) -> Chart:
@@ -183,7 +183,7 @@ def _sheet(
     rows = []
     for segment in life.segments:
         cells = [results.look.name(segment.labels), number(segment.train_j), number(segment.decode_j_per_token)]
-        cells += [f"{segment.loss:.4f}", f"{segment.from_tokens:.4g}"]
+        cells += [f"{segment.loss:.4f}", number(segment.from_tokens)]
         if decode_tokens is not None:
             due = bill(segment.joules(decode_tokens), price_per_kwh=price_per_kwh, co2_g_per_kwh=co2_g_per_kwh)
             money = ("–" if value is None else number(value) for value in (due.price, due.co2_kg))
