@@ -24,6 +24,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipelines.config import ConfigError, TrialConfig
+from pipelines.hub import OFFLINE_OPTIONS, first_line, prepare_hub
 
 EMBEDDED = "embedded"
 SPLITS = ("train", "validation", "test")
@@ -32,9 +33,6 @@ _CACHE_VERSION = "1"
 _HUB_ROWS = 1000  # rows of a hub data set that make one document: they are lines of running text
 _MANY = 20  # documents from which on whole documents are dealt to the splits
 END_OF_TEXT = "<|endoftext|>"
-OFFLINE_OPTIONS = (
-    "pass --base PATH, --tokenizer PATH and --data PATH (text, glob or Parquet), or --base random and --data embedded"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +204,7 @@ def _split_name(name: str | None) -> str | None:
 
 
 def _hub_documents(data: str) -> list[Document]:
+    prepare_hub()
     import datasets
 
     name, _, subset = data.partition(":")
@@ -213,7 +212,7 @@ def _hub_documents(data: str) -> list[Document]:
         loaded = datasets.load_dataset(name, subset or None)
     except Exception as error:
         raise ConfigError(
-            f"data: the hub data set {data!r} cannot be had ({_first_line(error)}); {OFFLINE_OPTIONS}"
+            f"data: the hub data set {data!r} cannot be had ({first_line(error)}); {OFFLINE_OPTIONS}"
         ) from None
     documents = []
     for split, rows in loaded.items():
@@ -277,6 +276,8 @@ def _embedded_tokenizer() -> Tokenizer:
 
 
 def _load_tokenizer(name: str) -> Tokenizer:
+    if not os.path.isdir(name):
+        prepare_hub()
     import transformers
 
     plain = os.path.isdir(name) and os.path.exists(os.path.join(name, "vocab.json"))
@@ -285,7 +286,7 @@ def _load_tokenizer(name: str) -> Tokenizer:
             return transformers.GPT2TokenizerFast.from_pretrained(name).backend_tokenizer
         return transformers.AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
     except Exception as error:
-        raise ConfigError(f"tokenizer: {name!r} cannot be had ({_first_line(error)}); {OFFLINE_OPTIONS}") from None
+        raise ConfigError(f"tokenizer: {name!r} cannot be had ({first_line(error)}); {OFFLINE_OPTIONS}") from None
 
 
 def _tokenise(documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int) -> dict[str, npt.NDArray[Any]]:
@@ -362,11 +363,6 @@ def _digest(*parts: str | bytes) -> str:
         digest.update(part if isinstance(part, bytes) else part.encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]
 
 
 def _write_atomically(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -13,7 +13,8 @@ from hwcost import CostModel
 from hwcost.ops import ModelShape
 from moe import ROUTERS, MoEGPT2Config, upcycle
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
-from pipelines.data import OFFLINE_OPTIONS, Corpus
+from pipelines.data import Corpus
+from pipelines.hub import OFFLINE_OPTIONS, first_line, prepare_hub
 from pipelines.prices import OperatingPoint, Prices, phase_prices
 
 
@@ -71,10 +72,12 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
             **_dropouts(config),
         )
         return transformers.GPT2LMHeadModel(shape)
+    if not os.path.isdir(config.base):
+        prepare_hub()
     try:
         dense = transformers.GPT2LMHeadModel.from_pretrained(config.base, dtype=torch.float32, **_dropouts(config))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)
         if os.path.isdir(config.base):
             raise ConfigError(f"base: expected a GPT-2 checkpoint in {config.base}, got {reason}") from None
         raise ConfigError(f"base: {config.base!r} cannot be had ({reason}); {OFFLINE_OPTIONS}") from None

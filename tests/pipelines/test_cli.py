@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from pipelines.cli import main
+from pipelines.hub import prepare_hub
 
 
 def joulemoe(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -102,7 +103,12 @@ def test_an_out_that_cannot_be_written(
 def test_the_hub_out_of_reach_names_the_options(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    prepare_hub.cache_clear()
     space = space_file(
         tmp_path, tiny | {"base": "nobody/nothing", "tokenizer": "nobody/nothing", "data": "nobody/nothing"}
     )
