@@ -63,7 +63,7 @@ def train(config: TrialConfig, corpus: Corpus, hardware: Hardware, seconds: floa
                 loss = float(losses[0])
             if spent_s >= seconds:
                 break
-    say(f"trained {trainer.step} steps, {trainer.step * config.batch_size * config.seq_len / 1e6:.1f} M tokens, loss {loss:.3f}")
+    say(f"trained {trainer.step} steps, {trainer.tokens / 1e6:.1f} M tokens, loss {loss:.3f}")
     assert prices is not None
     set_prices(model, prices["prefill"])
     if hardware.device.type == "cuda":
@@ -96,7 +96,10 @@ class Bench:
 
     def stream(self, controller: BudgetController | None, *, settings: TTTSettings | None = None) -> Stream:
         ttt = EnergyAwareTTTRouter(
-            self.model, canary_BS=self.canary_BS, controller=controller, settings=settings or TTTSettings(min_window_s=0.5)
+            self.model,
+            canary_BS=self.canary_BS,
+            controller=controller,
+            settings=settings or TTTSettings(min_window_s=0.5),
         )
         ttt.apply(torch.zeros_like(ttt.offsets()))
         sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
@@ -114,7 +117,8 @@ class Bench:
             loss = statistics.mean(w.loss_nats for w in here)
             raw = ", ".join(f"{1e3 * (w.j_per_token or math.nan):.4f}" for w in here)
             say(f"λ {energy_lambda:5.2f}: {1e3 * energy:.4f} mJ/token (windows {raw}), loss {loss:.4f}")
-        say(f"range {1e3 * reach.least_j:.4f} to {1e3 * reach.most_j:.4f} mJ/token: {1 - reach.least_j / reach.most_j:.1%}")
+        low, high = 1e3 * reach.least_j, 1e3 * reach.most_j
+        say(f"range {low:.4f} to {high:.4f} mJ/token: {1 - low / high:.1%}")
         return reach
 
     def budget(self, reach: Reach, share: float, settle: int = 6, windows: int = 20) -> list[Window]:
@@ -129,8 +133,9 @@ class Bench:
         say(
             f"budget at {share:.0%}: {1e3 * budget:.4f} mJ/token; mean of {windows} windows {1e3 * joules(kept):.4f}"
             f" ({joules(kept) / budget - 1:+.2%}), first {1e3 * joules(found[:1]):.4f},"
-            f" λ {kept[0].energy_lambda:.3f} to {kept[-1].energy_lambda:.3f}, loss {spread([w.loss_nats for w in kept])},"
-            f" {updates} updates taking {update_s:.2f} s of {sum(w.measurement.duration_s for w in found):.1f} s, {events}"
+            f" λ {kept[0].energy_lambda:.3f} to {kept[-1].energy_lambda:.3f},"
+            f" loss {spread([w.loss_nats for w in kept])}, {updates} updates taking {update_s:.2f} s of"
+            f" {sum(w.measurement.duration_s for w in found):.1f} s, {events}"
         )
         return kept
 
@@ -142,9 +147,10 @@ class Bench:
         stream.ttt.model.set_energy_lambda(mean)
         list(stream.run(1, tell=False))
         kept = list(stream.run(8, tell=False))
+        more = statistics.mean(w.loss_nats for w in adapted) - statistics.mean(w.loss_nats for w in kept)
         say(
             f"static λ {mean:.3f}: {1e3 * joules(kept):.4f} mJ/token, loss {spread([w.loss_nats for w in kept])};"
-            f" adapted minus static {statistics.mean(w.loss_nats for w in adapted) - statistics.mean(w.loss_nats for w in kept):+.5f}"
+            f" adapted minus static {more:+.5f}"
         )
 
     def disturbed(self, reach: Reach, *, replay: list[float] | None = None, half: int = 9) -> list[float]:
@@ -156,7 +162,7 @@ class Bench:
         second = list(self._heard(stream, half + 3, replay and replay[half:]))
         jump, settled = joules(second[:1]) / budget - 1, joules(second[-6:]) / budget - 1
         say(
-            f"{'replay' if replay else 'feedback'}: before the change {joules(first[3:]) / budget - 1:+.2%} off the budget,"
+            f"{'replay' if replay else 'feedback'}: off the budget before the change {joules(first[3:]) / budget - 1:+.2%},"
             f" right after {jump:+.2%}, at the end {settled:+.2%}; λ {first[-1].energy_lambda:.3f} to"
             f" {second[-1].energy_lambda:.3f}, infeasible {stream.ttt.controller.infeasible}"  # type: ignore[union-attr]
         )
@@ -183,7 +189,8 @@ class Bench:
         stream.window_s = 0.6
         stream.learner, stream.read_counts = price_learner(cost_model, shape, self.blocks_NS.shape[1])
         count = len(list(dithered(stream, windows)))
-        say(f"prices learnt from {count} dithered windows, profile {cost_model.profile.name}, analytic {cost_model.analytic}")
+        table = f"{cost_model.profile.name}{', analytic' if cost_model.analytic else ''}"
+        say(f"prices learnt from {count} dithered windows; table: {table}")
         for price in stream.learner.prices():
             print(
                 f"    {price.name:14s} table {1e6 * price.table_j:10.3f} µJ, learnt {1e6 * price.learnt_j:10.3f}"

@@ -188,9 +188,7 @@ class EnergyAwareTTTRouter:
         self._seen_BS, self._pending = None, [0.0, 0.0, 0.0]
         if self.controller is not None:
             self.controller.reset()
-        self.model.set_energy_lambda(
-            self._trained_lambda if self.controller is None else self.controller.energy_lambda
-        )
+        self.model.set_energy_lambda(self._trained_lambda if self.controller is None else self.controller.energy_lambda)
 
     # Work
 
@@ -305,7 +303,13 @@ class EnergyAwareTTTRouter:
         """∂(loss + μ·Ê/B + β·KL)/∂b, [L, E], and the logits of every layer, detached."""
         leaf_LE = offset_LE.clone().requires_grad_()
         buffers = dict(zip(self._names, leaf_LE.unbind(0), strict=True))
-        kwargs = {"input_ids": ids_BS, "labels": ids_BS, "use_cache": False, "output_routing": True, "skip_logits": True}
+        kwargs = {
+            "input_ids": ids_BS,
+            "labels": ids_BS,
+            "use_cache": False,
+            "output_routing": True,
+            "skip_logits": True,
+        }
         with torch.enable_grad():
             output = torch.func.functional_call(self.model, buffers, kwargs=kwargs)
             loss = output.lm_loss + self.settings.kl_weight * self._from_trained(output.routing, leaf_LE)

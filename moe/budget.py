@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -53,7 +54,7 @@ class Reach:
         points = list(zip(self.lambdas, self.energy_j, strict=True))
         if budget_j >= self.most_j:
             return 0.0
-        for (low, above), (high, below) in zip(points, points[1:], strict=False):
+        for (low, above), (high, below) in itertools.pairwise(points):
             if above > budget_j >= below:
                 return low + (high - low) * (above - budget_j) / (above - below)
         return self.lambdas[-1]
@@ -215,7 +216,7 @@ class PriceLearner:
         self.windows, self._error, self._weight, self._scale = 0, 0.0, 0.0, 0.0
 
     def update(self, counts: dict[str, float], energy_j: float) -> None:
-        """Learn from one window: its counts, and its joules with idle watts taken off. What is not finite is skipped."""
+        """Learn from one window: its counts, and its joules idle watts taken off. What is not finite is skipped."""
         values = [counts[name] for name in self.table_j]
         if not all(map(math.isfinite, [*values, energy_j])) or energy_j <= 0:
             return

@@ -177,7 +177,9 @@ class Stream:
             counts = self.read_counts(fields["counts"], measured)
             if counts is not None:
                 self.learner.update(*counts)
-        kept = {name: fields[name] for name in ("index", "energy_lambda", "batch_size", "tokens", "updates", "update_s")}
+        kept = {
+            name: fields[name] for name in ("index", "energy_lambda", "batch_size", "tokens", "updates", "update_s")
+        }
         loss = fields["loss"] / fields["tokens"]
         return Window(loss_nats=loss, measurement=measured, report=report, events=tuple(events), **kept)
 
@@ -272,4 +274,3 @@ def dithered(stream: Stream, windows: int, *, spread: float = 2.0, seed: int = 0
             yield from stream.run(1, tell=False)
     finally:
         ttt.apply(learnt_LE)
-

@@ -48,6 +48,7 @@ def load_checkpoint(path: str, values: Mapping[str, Any], monitor: EnergyMonitor
     )
     if config.threads and hardware.device.type == "cpu":
         torch.set_num_threads(config.threads)
+    transformers.utils.logging.disable_progress_bar()
     kind = transformers.GPT2LMHeadModel if config.is_dense else MoEGPT2LMHeadModel
     try:
         model = kind.from_pretrained(path, dtype=torch.float32)

@@ -11,7 +11,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from pipelines import cli_analysis
+from pipelines import cli_analysis, cli_models
 from pipelines.config import ConfigError, TrialConfig
 from tune_spaces import Space, SpaceError, find_space, load_space
 
@@ -38,6 +38,9 @@ def sweep(
     out: Out = "results",
     resume: Annotated[
         str | None, typer.Option(help="Sweep id: go on with it; --seeds, --samples or a SPACE add trials.")
+    ] = None,
+    sweep_id: Annotated[
+        str | None, typer.Option(help="Name of the sweep; one that exists under OUT goes on (for restarted jobs).")
     ] = None,
     base: Base = None,
     tokenizer: Tokenizer = None,
@@ -70,12 +73,15 @@ def sweep(
     ] = None,
 ) -> None:
     """Run a sweep and print its front."""
+    from pipelines.journal import Journal
     from pipelines.sweep import run_sweep
 
     options: dict[str, Any] = {"search": search, "samples": samples, "seeds": seeds, "scheduler": scheduler}
     options |= {"objectives": objectives, "max_joules": max_joules, "max_hours": max_hours, "stall": stall}
     overrides = _overrides(settings, base=base, tokenizer=tokenizer, data=data)
-    plan = _plan(space, resume, out, overrides, options)
+    if sweep_id is not None and resume is None and Journal(out, sweep_id).has("plan.json"):
+        space, resume, overrides, options = None, sweep_id, {}, {}
+    plan = _plan(space, resume, out, overrides, options | {"sweep_id": sweep_id or resume})
     console = Console(highlight=False)
     count = plan.samples if plan.is_adaptive else len(plan.trials)
     console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {count} trials. {plan.question}", soft_wrap=True)
@@ -110,12 +116,12 @@ def _plan(
             raise ConfigError("space: expected a space file or the name of a shipped space, got nothing")
         return plan_sweep(load_space(find_space(space)), overrides=overrides, **options)
     plan = stored_plan(out, resume)
-    asked = {key: value for key, value in options.items() if value is not None}
+    asked = {key: value for key, value in options.items() if value is not None and key != "sweep_id"}
     if space is None and not asked and not overrides:
         return plan
     loaded = load_space(find_space(space)) if space is not None else plan.loaded_space()
     before = {key: getattr(plan, key) for key in options}
-    return plan.extended(plan_sweep(loaded, overrides=overrides, sweep_id=resume, **(before | asked)))
+    return plan.extended(plan_sweep(loaded, overrides=overrides, **(before | asked)))
 
 
 @app.command()
@@ -150,11 +156,16 @@ def trial(
 def space(
     space: Annotated[str, typer.Argument(help="Space file, or the name of a shipped space.")],
     settings: Settings = None,
+    gpu: Annotated[str | None, typer.Option(help="GPU to estimate for; default: the one of this host.")] = None,
+    epoch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an epoch where the space does not cap them.")] = (
+        100_000_000
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")] = False,
 ) -> None:
-    """Print the trials of a space without running them."""
+    """Print the trials or domains of a space, and what the cost model says of their training, without running them."""
+    from pipelines.estimate import estimate
     from pipelines.plan import plan_sweep
-    from pipelines.progress import describe
+    from pipelines.progress import clock, describe
 
     loaded = load_space(find_space(space))
     plan = plan_sweep(loaded, overrides=_overrides(settings))
@@ -162,9 +173,31 @@ def space(
         typer.echo(json.dumps([t.model_dump(mode="json") for t in plan.trials], indent=1))
         return
     console = Console(highlight=False)
-    console.print(f"{len(plan.trials)} trials, {plan.dropped} repeats dropped. {plan.question}", soft_wrap=True)
+    count = plan.samples if plan.is_adaptive else len(plan.trials)
+    console.print(f"{count} trials, {plan.dropped} repeats dropped. {plan.question}", soft_wrap=True)
+    if plan.search != "grid":
+        for key, domain in loaded.domains.items():
+            console.print(f"  {key}: {domain}", soft_wrap=True, markup=False)
     for config in plan.trials:
         console.print(f"  {config.trial_id}  {describe(config)}", soft_wrap=True)
+    if loaded.fixed.get("device") == "cpu" or loaded.name == "quickstart":
+        return
+    examples = plan.trials or plan.examples()
+    found = estimate(examples, gpu_name=gpu or _gpu_here(), epoch_tokens=epoch_tokens)
+    share = (count or 1) / len(examples)
+    basis = f"profile {found.profile}" + (", analytic: nothing was calibrated for it" if found.analytic else "")
+    console.print(
+        f"Training, modelled ({basis}): {found.energy_j * share / 3.6e6:.3g} kWh, "
+        f"{clock(found.duration_s * share)} on one GPU. Setup and evaluation come on top.",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _gpu_here() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 @app.command()
@@ -205,6 +238,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
 
 
 cli_analysis.register(app)
+cli_models.register(app)
 
 
 def _overrides(settings: list[str] | None, **named: str | None) -> dict[str, Any]:

@@ -224,6 +224,34 @@ class EpochRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptRecord:
+    """One row per window of a test-time run under a joule budget."""
+
+    TABLE: ClassVar[str] = "adapt"
+
+    sweep_id: str = column("always 'adapt'")
+    trial_id: str = column("the run")
+    attempt: int = column("always 0")
+    window: int = column("window of the run, 1 first")
+    energy_lambda: float = column("λ in force as the window began", unit="nat per c_ref")
+    budget_j_per_token: float = column("the budget", unit="J/token")
+    j_per_token: float | None = column("joules of the window per token predicted, adapting included", unit="J/token", null="not measurable")
+    energy_j: float | None = column("joules of the window", unit="J", null="not measurable")
+    energy_uncertainty_j: float | None = column("standard uncertainty", unit="J", null="not known")
+    energy_source: str | None = column("counter, integrated, rapl or modelled", null="nothing measured")
+    tokens: int = column("tokens predicted", unit="tokens")
+    loss_nats: float = column("mean next-token cross-entropy, each chunk before anything learnt from it", unit="nat/token")
+    batch_size: int = column("sequences per chunk", unit="sequences")
+    duration_s: float = column("span of the window", unit="s")
+    updates: int = column("steps of the biases in the window")
+    update_duration_s: float = column("time of these steps, canary included", unit="s")
+    infeasible: bool | None = column("no λ keeps the budget", null="the controller did not hear of the window")
+    mean_power_w: float | None = column("mean power", unit="W", null="not measurable")
+    max_temperature_c: float | None = column("highest temperature", unit="°C", null="not readable")
+    events: list[str] = column("guards that acted")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerRecord:
     """The power trace of a trial: timestamped samples of its devices."""
 
@@ -246,8 +274,8 @@ class PowerRecord:
 # fmt: on
 
 
-Record = TrialRecord | PointRecord | EpochRecord | PowerRecord
-TABLES: dict[str, type[Record]] = {cls.TABLE: cls for cls in (TrialRecord, PointRecord, EpochRecord, PowerRecord)}
+Record = TrialRecord | PointRecord | EpochRecord | AdaptRecord | PowerRecord
+TABLES: dict[str, type[Record]] = {cls.TABLE: cls for cls in (TrialRecord, PointRecord, EpochRecord, AdaptRecord, PowerRecord)}
 
 #: Text that hardly repeats: not worth a dictionary.
 _UNIQUE = ("trial_id", "config_fingerprint", "trial_fingerprint", "config_json", "error")

@@ -51,7 +51,9 @@ def test_an_update_changes_the_biases_and_nothing_else(tiny: Build) -> None:
 
 
 def test_learning_lowers_the_loss_of_a_shifted_text(tiny: Build) -> None:
-    ttt = adapting(tiny, keep_first=False, learning_rate=0.5, kl_weight=0.0, kl_step=0.01, kl_total=10.0, canary_margin=9.0)
+    ttt = adapting(
+        tiny, keep_first=False, learning_rate=0.5, kl_weight=0.0, kl_step=0.01, kl_total=10.0, canary_margin=9.0
+    )
     chunk_BS = text(16, 32, 5)
     first = float(ttt.predict(chunk_BS))
     for _ in range(60):
@@ -153,7 +155,9 @@ def test_drop_outs_in_between_do_not_stop_the_controller(tiny: Build) -> None:
 
 def test_poisoned_text_is_reverted_by_the_canary(tiny: Build) -> None:
     """Text that drags the biases to where held-out text suffers; the router that was trained comes back."""
-    ttt = adapting(tiny, learning_rate=5.0, kl_step=1.0, kl_total=50.0, kl_weight=0.0, canary_margin=1e-3, keep_first=False)
+    ttt = adapting(
+        tiny, learning_rate=5.0, kl_step=1.0, kl_total=50.0, kl_weight=0.0, canary_margin=1e-3, keep_first=False
+    )
     poison_BS, events = torch.full((8, 32), 13), []
     poison_BS[:, ::3] = 14
     for _ in range(40):
@@ -205,9 +209,7 @@ def test_updates_stay_within_their_share(tiny: Build) -> None:
 
 def test_a_budget_needs_a_router_on_which_lambda_acts(tiny: Build) -> None:
     with pytest.raises(ValueError, match="router"):
-        EnergyAwareTTTRouter(
-            tiny(router="topk"), canary_BS=text(2, 16, 0), controller=BudgetController(1.0, GAINS)
-        )
+        EnergyAwareTTTRouter(tiny(router="topk"), canary_BS=text(2, 16, 0), controller=BudgetController(1.0, GAINS))
 
 
 def test_gradients_that_are_not_finite_change_nothing(tiny: Build) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -91,7 +92,7 @@ def test_a_step_of_the_plant_is_made_good(factor: float) -> None:
 
 
 def test_replayed_telemetry_does_not_return_to_the_budget() -> None:
-    """What brings the plant back is feedback: the telemetry of an undisturbed run, played to a disturbed plant, does not."""
+    """Feedback brings the plant back: the telemetry of an undisturbed run, played to a disturbed plant, does not."""
     plant = Plant()
     budget = plant.reach().at(0.5)
     recorder, recorded = BudgetController.for_reach(budget, plant.reach()), []
@@ -201,7 +202,7 @@ def test_a_range_interpolates_and_never_rises() -> None:
 @given(values=st.lists(st.floats(0.1, 10), min_size=1, max_size=20))
 def test_falling_keeps_the_mean_and_never_rises(values: list[float]) -> None:
     fitted = falling(values)
-    assert all(a >= b - 1e-12 for a, b in zip(fitted, fitted[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(fitted))
     assert sum(fitted) == pytest.approx(sum(values))
 
 

@@ -50,7 +50,10 @@ def regrets(num_experts: int, count: int = 1000) -> np.ndarray:
     found = []
     for seed in range(count):
         score_BE, price_E, k = instance(seed, num_experts)
-        score_BSE, price = torch.tensor(score_BE, dtype=torch.float32)[:, None], torch.tensor(price_E, dtype=torch.float32)
+        score_BSE, price = (
+            torch.tensor(score_BE, dtype=torch.float32)[:, None],
+            torch.tensor(price_E, dtype=torch.float32),
+        )
         open_E = open_sets(score_BSE, price, k)[0].numpy()
         assert open_E.sum() >= k
         found.append((brute_force(score_BE, price_E, k) - worth(score_BE, open_E, price_E, k)) / len(score_BE))

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe import RoutingStats, RoutingSummary
+from moe import MoEGPT2Config, RoutingStats, RoutingSummary, Tokens
 from moe.routers import ROUTERS
-from moe import MoEGPT2Config, Tokens
 from pipelines.absorption import absorption, slope
 
 PRICE = [1.0, 0.5, 0.25, 0.0]

@@ -43,7 +43,8 @@ def test_batch_size_is_not_a_number_of_tokens() -> None:
     shares = share_energy(163.84, batch_size=16, seq_len=1024)
     assert shares.token_j == pytest.approx(163.84 / 16 / 1024)
     assert shares.token_j != pytest.approx(163.84 / 16)
-    cost = CostModel.for_device("NVIDIA H200", 700.0).get_cost("train_step", batch_size=16, seq_len=1024, extrapolate=True)
+    model = CostModel.for_device("NVIDIA H200", 700.0)
+    cost = model.get_cost("train_step", batch_size=16, seq_len=1024, extrapolate=True)
     chain = share_energy(cost.energy_j, batch_size=16, seq_len=1024, top_k=ModelShape().top_k)
     assert (cost.j_per_sequence, cost.j_per_token, cost.j_per_expert_slot) == pytest.approx(
         (chain.sequence_j, chain.token_j, chain.slot_j)
@@ -74,7 +75,7 @@ def test_a_batch_total_taken_off_every_expert_is_a_no_op(name: str) -> None:
 
 
 def test_join_does_not_depend_on_how_many_share_an_expert() -> None:
-    """Past error: the weights' joules divided by the tokens of an expert (average pricing) make popular experts cheap."""
+    """Past error: average pricing. The weights' joules divided by an expert's tokens make popular experts cheap."""
     assert prices(tokens=32).join == prices(tokens=16384).join
     assert prices(top_k=1).join == prices(top_k=4).join
 

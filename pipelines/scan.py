@@ -1,0 +1,209 @@
+"""Walk λ upwards on a checkpoint, without training: where does the price begin to act, and where does it break?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from hwcost import EnergyMonitor
+from pipelines.checkpoint import Loaded
+from pipelines.config import ConfigError
+from pipelines.evaluation import evaluate, measure_decode, measure_prefill
+from pipelines.model import modelled_step_j, set_prices
+
+LAMBDAS = (0.0, *(10 ** (exponent / 2) for exponent in range(-10, 5)))
+"""0, then from 1e-5 to 100, two a decade."""
+MAX_LOSS_RISE = 0.1
+"""nats per token over λ = 0 from which on the loss counts as broken."""
+MIN_DIVERSITY = 0.5
+"""Share of the diversity at λ = 0 below which it counts as broken."""
+ACTS = 0.005
+"""Share of flipped decisions from which on a price counts as acting."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScanPoint:
+    """A checkpoint at one λ, on the validation split.
+
+    Joules per token by phase: prefill and decode as measured (`energy_source` says how), training as the cost model has
+    it for the width that was selected (always modelled; None without a GPU).
+    """
+
+    energy_lambda: float
+    loss_nats: float
+    routing_diversity: float
+    effective_experts: float
+    agreement: float | None
+    flip_fraction: float | None
+    open_experts: float
+    mean_selected_width: float
+    prefill_j_per_token: float | None
+    decode_j_per_token: float | None
+    modelled_train_j_per_token: float | None
+    energy_source: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan:
+    """The walk: its points, why it ended, and the λ worth training (None where the price never acted)."""
+
+    checkpoint: str
+    points: tuple[ScanPoint, ...]
+    stopped: str
+    worth: tuple[float, float] | None
+
+
+def scan(
+    loaded: Loaded,
+    monitor: EnergyMonitor,
+    lambdas: Sequence[float] = LAMBDAS,
+    *,
+    on_point: Callable[[ScanPoint], None] = lambda point: None,
+) -> Scan:
+    """Evaluate the checkpoint at each λ, until diversity or loss breaks.
+
+    Raises:
+        ConfigError: λ does not act on the checkpoint's router, or the λ do not rise from 0.
+    """
+    if not loaded.config.is_priced:
+        raise ConfigError(f"router: expected one on which λ acts, got {loaded.config.router}")
+    values = sorted({0.0, *lambdas})
+    if not all(0 <= value < math.inf for value in values):
+        raise ConfigError(f"lambdas: expected finite numbers of at least 0, got {lambdas}")
+    before, points, stopped = float(loaded.model.config.energy_lambda), list[ScanPoint](), "the last λ was reached"
+    try:
+        for value in values:
+            points.append(_point(loaded, monitor, value))
+            on_point(points[-1])
+            if (reason := broken(points[0], points[-1])) is not None:
+                stopped = reason
+                break
+    finally:
+        loaded.model.set_energy_lambda(before)
+    return Scan(checkpoint=loaded.config.base, points=tuple(points), stopped=stopped, worth=worth_training(points))
+
+
+def broken(free: ScanPoint, point: ScanPoint) -> str | None:
+    """Why a walk ends here; None: it goes on."""
+    at = f"at λ = {point.energy_lambda:.3g}"
+    if not point.loss_nats <= free.loss_nats + MAX_LOSS_RISE:
+        return f"{at} the loss is {point.loss_nats - free.loss_nats:+.3f} nat above that at λ = 0"
+    if point.routing_diversity < MIN_DIVERSITY * free.routing_diversity:
+        return f"{at} diversity is {point.routing_diversity:.2f}, below half of {free.routing_diversity:.2f} at λ = 0"
+    return None
+
+
+def worth_training(points: Sequence[ScanPoint]) -> tuple[float, float] | None:
+    """From the first λ that changes decisions to the last that changes any more, before something breaks.
+
+    Training adapts to the price, so that the upper end is where an untrained price begins to hurt, not a limit.
+    """
+    whole = [p for p in points if broken(points[0], p) is None]
+    most = max(p.flip_fraction or 0.0 for p in whole)
+    low = [p.energy_lambda for p in whole if p.energy_lambda > 0 and (p.flip_fraction or 0.0) >= ACTS]
+    high = [p.energy_lambda for p in whole if (p.flip_fraction or 0.0) >= most - ACTS]
+    return (low[0], max(low[0], high[0])) if low else None
+
+
+def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> ScanPoint:
+    model, config, hardware = loaded.model, loaded.config, loaded.hardware
+    assert loaded.prices is not None
+    model.set_energy_lambda(energy_lambda)
+    split = loaded.corpus.splits["validation"].first(config.max_eval_tokens)
+    set_prices(model, loaded.prices["prefill"])
+    found = evaluate(model, split, config, hardware)
+    prefill = measure_prefill(model, split, config, hardware, monitor)
+    set_prices(model, loaded.prices["decode"])
+    decode = measure_decode(model, split, config.decode_batches[0], config, hardware, monitor)
+    routing = found.routing
+    assert routing is not None
+    step_j = modelled_step_j(config, model, hardware, routing.mean_selected_width)
+    return ScanPoint(
+        energy_lambda=energy_lambda,
+        loss_nats=found.loss_nats,
+        routing_diversity=routing.routing_diversity,
+        effective_experts=routing.effective_experts,
+        agreement=routing.unpriced_agreement,
+        flip_fraction=routing.price_flip_fraction,
+        open_experts=routing.open_experts,
+        mean_selected_width=routing.mean_selected_width,
+        prefill_j_per_token=prefill.j_per_token,
+        decode_j_per_token=decode.j_per_token,
+        modelled_train_j_per_token=None if step_j is None else step_j / (config.batch_size * config.seq_len),
+        energy_source=monitor.source,
+    )
+
+
+def write_scan(found: Scan, loaded: Loaded, out: Path) -> list[Path]:
+    """Write `scan.json`, `scan.png` and, where a range is worth training, `space.yaml`; returns the paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    data, curve, space = out / "scan.json", out / "scan.png", out / "space.yaml"
+    data.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n", encoding="utf-8")
+    draw(found).savefig(curve, dpi=150)
+    if found.worth is None:
+        return [data, curve]
+    text = yaml.safe_dump(space_of(found, loaded), sort_keys=False, allow_unicode=True)
+    space.write_text(f"# Suggested by a scan of {found.checkpoint}: {found.stopped}.\n{text}", encoding="utf-8")
+    return [data, curve, space]
+
+
+def space_of(found: Scan, loaded: Loaded) -> dict[str, Any]:
+    """A search space over the λ worth training, and λ = 0 to compare with."""
+    assert found.worth is not None
+    low, high = found.worth
+    steps = 1 if low == high else 4
+    grid = [low * (high / low) ** (i / max(steps - 1, 1)) for i in range(steps)]
+    config = loaded.config
+    trial = {
+        "base": "random",
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "data": config.data,
+        "tokenizer": config.tokenizer,
+        "seq_len": config.seq_len,
+        "batch_size": config.batch_size,
+        "router": config.router,
+        "expert_width_factors": list(config.width_factors),
+        "top_k": config.top_k,
+        "energy_lambda": {"grid": [0.0, *(float(f"{value:.3g}") for value in grid)]},
+    }
+    trial = {key: value for key, value in trial.items() if value is not None}
+    return {"question": "Which λ in the range where the price acts is worth its loss?", "trial": trial}
+
+
+def draw(found: Scan) -> Figure:
+    """Loss, diversity and joules over λ; λ = 0 stands at the left edge."""
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    priced = [p for p in found.points if p.energy_lambda > 0]
+    x = [p.energy_lambda for p in priced]
+    modelled = ", modelled" if found.points[0].energy_source == "modelled" else ""
+    panels = (
+        ("loss [nat/token]", {"loss": "loss_nats"}),
+        ("share", {"diversity": "routing_diversity", "agreement with λ = 0": "agreement"}),
+        (
+            f"energy over that at λ = 0{modelled}",
+            {"prefill": "prefill_j_per_token", "decode": "decode_j_per_token", "open experts": "open_experts"},
+        ),
+    )
+    for axes, (title, columns) in zip(figure.subplots(3, 1, sharex=True), panels, strict=True):
+        for label, column in columns.items():
+            free = getattr(found.points[0], column)
+            relative = free if title.startswith("energy") and free else 1.0
+            y = [math.nan if (v := getattr(p, column)) is None else v / relative for p in priced]
+            axes.plot(x, y, marker="o", label=label)
+            if free is not None:
+                axes.axhline(free / relative, lw=0.7, ls=":", color="grey")
+        axes.set(ylabel=title, xscale="log")
+        axes.legend(fontsize=8)
+        if found.worth is not None:
+            axes.axvspan(*found.worth, color="grey", alpha=0.12)
+    axes.set_xlabel("λ [nat per c_ref]; dotted: λ = 0; grey: worth training")
+    return figure
