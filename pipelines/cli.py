@@ -223,6 +223,22 @@ def submit(
 
 
 @app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Profile to write, a JSON file.")],
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    points: Annotated[Path | None, typer.Option(help="Fit these raw points instead of measuring.")] = None,
+    budget_s: Annotated[float, typer.Option(min=60, help="Seconds to measure; nine minutes are the whole plan.")] = 510.0,
+) -> None:
+    """Fit a cost-model profile on this GPU and print its error on shapes held out of the fit."""
+    from pipelines.calibrate import calibrate as run
+
+    try:
+        run(out, device=device, points=points, budget_s=budget_s)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"calibrate: {error}") from None
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """Say what can be measured here: GPUs, fields, idle watts, the energy source of a sweep, Ray, MLflow."""
     from hwcost.doctor import examine, render

@@ -68,10 +68,9 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
             n_head=config.n_head,
             bos_token_id=corpus.end_id,
             eos_token_id=corpus.end_id,
-            loss_type="ForCausalLM",
             **_dropouts(config),
         )
-        return transformers.GPT2LMHeadModel(shape)
+        return _compilable(transformers.GPT2LMHeadModel(shape))
     if not os.path.isdir(config.base):
         prepare_hub()
     try:
@@ -81,7 +80,6 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
         if os.path.isdir(config.base):
             raise ConfigError(f"base: expected a GPT-2 checkpoint in {config.base}, got {reason}") from None
         raise ConfigError(f"base: {config.base!r} cannot be had ({reason}); {OFFLINE_OPTIONS}") from None
-    dense.config.loss_type = "ForCausalLM"
     positions, vocabulary = dense.config.n_positions, dense.config.vocab_size
     if config.seq_len > positions:
         raise ConfigError(
@@ -91,6 +89,12 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
         raise ConfigError(
             f"tokenizer: expected at most {vocabulary} tokens, as {config.base} has, got {corpus.vocab_size}"
         )
+    return _compilable(dense)
+
+
+def _compilable(dense: Any) -> Any:
+    """Name the loss on the model: without it GPT-2 warns inside its forward, which breaks a compiled graph."""
+    dense.loss_type = "ForCausalLM"
     return dense
 
 

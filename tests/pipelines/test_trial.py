@@ -105,6 +105,13 @@ def test_the_dense_model_is_the_plain_gpt2(tiny: dict[str, Any], tmp_path: Path)
     assert record.routing_diversity is None
 
 
+def test_the_dense_model_compiles_without_a_graph_break(tiny: dict[str, Any]) -> None:
+    model, corpus, _ = built(config_of(tiny, router="dense"))
+    block_BS = corpus.splits["train"].blocks_NS[:2].long()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert compiled(input_ids=block_BS, labels=block_BS, use_cache=False).loss.isfinite()
+
+
 def test_perturbing_one_expert_changes_the_logits(tiny: dict[str, Any]) -> None:
     config = config_of(tiny, energy_lambda=0.0)
     model, corpus, _ = built(config)
