@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -68,11 +69,12 @@ class Decoder:
     def __init__(
         self, model: Any, batch: int, length: int, stop: tuple[int, ...], dtype: torch.dtype, *, graph: bool = True
     ) -> None:
-        self.source, self.config, self.dtype = model, model.config, dtype
+        self._source = weakref.ref(model)  # decoders are kept by model, and must not keep it alive
+        self.config, self.dtype = model.config, dtype
         self.batch, self.length, self.stop, self.graphed = batch, length, stop, graph
         self.pointers = _pointers(model)
         weight, width = model.lm_head.weight, model.config.n_embd
-        self.model = model if weight.dtype == dtype else copy.deepcopy(model).requires_grad_(False).to(dtype)
+        self._copy = None if weight.dtype == dtype else copy.deepcopy(model).requires_grad_(False).to(dtype)
         new = functools.partial(torch.zeros, device=weight.device)
         half = functools.partial(new, dtype=dtype)
         heads, K = self.config.n_head, self.config.num_experts_per_tok
@@ -94,6 +96,16 @@ class Decoder:
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.proven = False  # whether its logits were compared with the model's own
         self.broken: str | None = None  # why it is not to be used
+
+    @property
+    def source(self) -> Any:
+        """The model itself."""
+        return self._source()
+
+    @property
+    def model(self) -> Any:
+        """Where the step reads its weights: the model, or the copy in the type of the computation."""
+        return self.source if self._copy is None else self._copy
 
     def fits(self, model: Any, length: int, dtype: torch.dtype) -> bool:
         """Whether this decoder serves such a call: long enough, same type, and weights still where they were."""
@@ -124,9 +136,9 @@ class Decoder:
         """Take over a prompt: its ids, its mask and the cache that its forward filled. No greedy sequence ends before
         it has ``least`` tokens, prompt included."""
         S = ids_BS.shape[1]
-        if self.model is not self.source:
-            torch._foreach_copy_(list(self.model.parameters()), list(self.source.parameters()))
-            torch._foreach_copy_(list(self.model.buffers()), list(self.source.buffers()))
+        if self._copy is not None:
+            torch._foreach_copy_(list(self._copy.parameters()), list(self.source.parameters()))
+            torch._foreach_copy_(list(self._copy.buffers()), list(self.source.buffers()))
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
             keys[:, :, :S].copy_(layer.keys[:, :, :S])
             values[:, :, :S].copy_(layer.values[:, :, :S])
