@@ -54,7 +54,7 @@ def variants() -> list[Variant]:
     runs += [Variant(name=f"{name} {w:g}", changes={"regularizers": {name: w}}) for name, w in regularizers.items()]
     runs.append(Variant(name="token_entropy −0.1", changes={"regularizers": {"token_entropy": -0.1}}))
     runs.append(Variant(name="temperature 4", changes={"router_temperature": 4.0}))
-    runs.append(Variant(name="bias balancing 0.02", changes={"bias_balance_rate": 0.02}))
+    runs += [Variant(name=f"bias balancing {u:g}", changes={"bias_balance_rate": u}) for u in (0.02, 0.2)]
     return runs
 
 
@@ -184,7 +184,7 @@ def draw(outcomes: list[Outcome], path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
     left.set(xlabel="step", ylabel="effective experts, mean of 3 layers", ylim=(0.5, EXPERTS + 0.3))
     left.axhline(0.9 * EXPERTS, color="grey", linestyle=":", linewidth=1)
-    left.legend(fontsize=7, ncol=2)
+    left.legend(fontsize=7, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     right.set(xlabel="effective experts at the end", ylabel="validation loss, nat/byte", xlim=(0.5, EXPERTS + 1.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
