@@ -253,11 +253,17 @@ def ui(
     os.execve(command[0], command, ui_environment())
 
 
-def schema() -> None:
+def schema(
+    write: Annotated[Path | None, typer.Option(help="Replace the tables of this document, below its head.")] = None,
+) -> None:
     """Print what every column of every table means."""
     from pipelines.records import schema_markdown
 
-    typer.echo(schema_markdown())
+    if write is None:
+        typer.echo(schema_markdown())
+        return
+    head = write.read_text(encoding="utf-8").split("## `", maxsplit=1)[0]
+    write.write_text(head + schema_markdown(), encoding="utf-8")
 
 
 def _link_lines(tracker: Tracker, sweep_id: str, base: str = "http://127.0.0.1:5000") -> list[str]:

@@ -29,17 +29,19 @@ from pipelines.records import (
 from tests.pipelines import synthetic
 from tests.pipelines.synthetic import SWEEP, trial
 
+#: Tables that a synthetic sweep has.
+WRITTEN = ("trials", "points", "epochs", "power")
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_documentation_of_the_tables_is_what_the_code_says() -> None:
-    """Regenerate with: joulemoe schema, below the head of docs/schema.md."""
+    """After a change of a column: `joulemoe schema --write docs/schema.md`."""
     assert (DOCS / "schema.md").read_text().endswith(schema_markdown())
 
 
 def test_every_column_is_documented_in_the_files_themselves(tmp_path: Path) -> None:
     store = synthetic.write(tmp_path, [trial()])
-    for record in TABLES.values():
+    for record in map(TABLES.__getitem__, WRITTEN):
         (path,) = store.files(record, SWEEP)
         schema = pq.read_schema(path)
         assert schema.metadata[b"schema_version"] == str(SCHEMA_VERSION).encode()
@@ -120,9 +122,9 @@ def test_compaction_keeps_every_row_in_one_file_per_table(tmp_path: Path) -> Non
     store = synthetic.write(tmp_path, synthetic.sweep((1, 2, 2)))
     before = sorted_rows(store)
     done = compaction.compact(store, SWEEP)
-    assert {one.table: one.parts for one in done} == {"trials": 4, "points": 4, "epochs": 4, "power": 4}
+    assert {one.table: one.parts for one in done} == dict.fromkeys(WRITTEN, 4)
     assert sorted_rows(store) == before
-    assert all(len(store.files(record, SWEEP)) == 1 for record in TABLES.values())
+    assert all(len(store.files(TABLES[name], SWEEP)) == 1 for name in WRITTEN)
     assert compaction.compact(store, SWEEP) == []
 
 
