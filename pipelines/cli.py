@@ -227,7 +227,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Profile to write, a JSON file.")],
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     points: Annotated[Path | None, typer.Option(help="Fit these raw points instead of measuring.")] = None,
-    budget_s: Annotated[float, typer.Option(min=60, help="Seconds to measure; nine minutes are the whole plan.")] = 510.0,
+    budget_s: Annotated[float, typer.Option(min=60, help="Seconds to measure; the whole plan takes 510.")] = 510.0,
 ) -> None:
     """Fit a cost-model profile on this GPU and print its error on shapes held out of the fit."""
     from pipelines.calibrate import calibrate as run
