@@ -51,6 +51,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self.epochs: dict[str, list[EpochRecord]] = {}
         self.heard_s: dict[str, float] = {}
         self.hung: set[str] = set()
+        self.written: set[str] = set()  # trials that wrote their own row
         self.longest_s = 0.0
         self._renewed_s = 0.0
 
@@ -69,6 +70,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
             passing("driver.end")
             row = parse_row(result["trial_row"] if self.plan.is_adaptive else result.pop("trial_row"))
             result["state"] = row.state
+            self.written.add(row.trial_id)
             self._finished(row)
         elif "epoch_row" in result:
             passing("driver.report")
@@ -79,7 +81,8 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial that ended without a row of its own was stopped by the scheduler."""
-        self._write_missing(trial, "scheduler", alive=True)
+        if trial.config["trial"]["trial_id"] not in self.written:
+            self._write_missing(trial, "scheduler", alive=True)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """An attempt died and another one follows: its joules are booked first."""

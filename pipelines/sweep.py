@@ -75,6 +75,7 @@ def run_sweep(
     tracking_uri: str | None = None,
     retries: int = 2,
     timeout_s: float | None = None,
+    actor: type[TrialActor] = TrialActor,
 ) -> SweepResult:
     """Run every trial of a plan that has no final row yet and write its tables under `out`.
 
@@ -87,6 +88,7 @@ def run_sweep(
         retries: further attempts of a trial whose process died.
         timeout_s: seconds without a report after which a trial counts as hung; None: 20 times the longest
             stretch between two reports so far, at least 15 minutes.
+        actor: what runs the trials.
 
     Raises:
         ConfigError: the data, the base model, the devices or `out` cannot be had (nothing was written then), or
@@ -107,7 +109,7 @@ def run_sweep(
             check_writable(out)
             if not begun:
                 stack.enter_context(journal.driving())
-            ended = _drive(plan, journal, _Run(out, resources, tracking_uri, retries, timeout_s))
+            ended = _drive(plan, journal, _Run(out, resources, tracking_uri, retries, timeout_s, actor))
     rows = recover.rows_of(Store(out), plan.sweep_id)
     return SweepResult(sweep_id=plan.sweep_id, records=tuple(rows.values()), ended=ended)
 
@@ -121,6 +123,7 @@ class _Run:
     tracking_uri: str | None
     retries: int
     timeout_s: float | None
+    actor: type[TrialActor]
 
 
 def stored_plan(out: str | os.PathLike[str], sweep_id: str) -> SweepPlan:
@@ -300,7 +303,7 @@ def check_writable(out: str) -> None:
 
 def _tuner(plan: SweepPlan, run: _Run, work: _Work, store: Store, follower: SweepCallback) -> Any:
     return tune.Tuner(
-        tune.with_resources(TrialActor, {"cpu": run.resources.cpus, "gpu": run.resources.gpus}),
+        tune.with_resources(run.actor, {"cpu": run.resources.cpus, "gpu": run.resources.gpus}),
         param_space=work.param_space,
         tune_config=tune.TuneConfig(
             max_concurrent_trials=run.resources.parallel,

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pipelines.config import ConfigError, TrialConfig
+from pipelines.estimate import epochs_trained, estimate
 from pipelines.plan import SweepPlan, plan_sweep
-from tune_spaces import Grid, LogUniform, Space, SpaceError, Uniform
+from tune_spaces import Grid, LogUniform, Space, SpaceError, Uniform, load_space, shipped_spaces
 
 
 def space(fixed: dict[str, Any], domains: dict[str, Any], **sweep: Any) -> Space:
@@ -106,3 +107,20 @@ def test_anytime_is_every_number_of_epochs_up_to_one(tiny: dict[str, Any]) -> No
     assert config.fingerprint == TrialConfig.parse(tiny | {"epochs": 3, "schedule": "wsd"}).fingerprint
     with pytest.raises(ConfigError, match="epochs: expected anytime or anytime:COUNT"):
         TrialConfig.parse(tiny | {"epochs": "anytimes"})
+
+
+@pytest.mark.parametrize("name", sorted(shipped_spaces()))
+def test_every_shipped_space_is_a_plan_with_an_estimate(name: str) -> None:
+    plan = plan_sweep(load_space(shipped_spaces()[name]))
+    trials = plan.trials or plan.examples()
+    assert plan.question
+    found = estimate(trials, gpu_name="NVIDIA H200", epoch_tokens=1_000_000)
+    assert found.energy_j > 0
+    assert found.duration_s > 0
+    assert not found.analytic
+
+
+def test_an_anytime_trial_costs_its_trunk_once(tiny: dict[str, Any]) -> None:
+    config = TrialConfig.parse(tiny | {"epochs": "anytime:3", "decay_fraction": 0.2})
+    assert epochs_trained(config) == pytest.approx(3 + 0.2 * (1 + 2))
+    assert epochs_trained(TrialConfig.parse(tiny | {"epochs": 3})) == 3

@@ -1,0 +1,73 @@
+"""What training will cost, before it runs: joules and seconds from the cost model. Modelled, and called so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from hwcost import CostModel
+from hwcost.ops import ModelShape
+from pipelines.config import TrialConfig
+from pipelines.model import expert_width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Modelled joules and seconds of the training of some trials, one after the other."""
+
+    energy_j: float
+    duration_s: float
+    analytic: bool
+    profile: str
+    flags: tuple[str, ...] = ()
+
+
+def estimate(trials: Sequence[TrialConfig], *, gpu_name: str | None, epoch_tokens: int) -> Estimate:
+    """Training joules and seconds of trials on a GPU.
+
+    Args:
+        trials: what will run; decay branches of anytime trials count.
+        gpu_name: the GPU; None takes the analytic default.
+        epoch_tokens: tokens of an epoch where a trial does not cap them (`max_train_tokens`).
+    """
+    model = CostModel.for_device(gpu_name)
+    energy_j = duration_s = 0.0
+    flags: dict[str, None] = {}
+    for trial in trials:
+        cost = model.get_cost(
+            "train_step", batch_size=trial.batch_size, seq_len=trial.seq_len, shape=shape_of(trial), extrapolate=True
+        )
+        tokens = min(trial.max_train_tokens or epoch_tokens, epoch_tokens)
+        steps = epochs_trained(trial) * max(1, tokens // (trial.batch_size * trial.seq_len))
+        energy_j += steps * cost.energy_j
+        duration_s += steps * cost.duration_s
+        flags.update(dict.fromkeys(cost.flags))
+    return Estimate(
+        energy_j=energy_j,
+        duration_s=duration_s,
+        analytic=model.analytic,
+        profile=model.profile.name,
+        flags=tuple(flags),
+    )
+
+
+def epochs_trained(trial: TrialConfig) -> float:
+    """Epochs of training steps: of an anytime trial the trunk once and every decay."""
+    if not trial.anytime:
+        return float(trial.epochs)
+    branches = trial.decay_fraction * sum(range(1, trial.epochs))
+    return trial.epochs + branches
+
+
+def shape_of(trial: TrialConfig) -> ModelShape:
+    """The shape of a trial's model."""
+    widths = () if trial.is_dense else tuple(expert_width(f, 4 * trial.n_embd) for f in trial.width_factors)
+    return ModelShape(
+        d_model=trial.n_embd,
+        num_layers=trial.n_layer,
+        num_heads=trial.n_head,
+        expert_widths=widths,
+        top_k=trial.top_k,
+        moe_layers=None if trial.moe_layers is None else len(trial.moe_layers),
+        dtype="fp32" if trial.dtype == "fp32" else "bf16",
+    )
