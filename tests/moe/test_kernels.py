@@ -134,3 +134,24 @@ def test_generate_uses_the_graph_and_agrees(options, monkeypatch):
     plain = model.generate(ids_BS, **common, **options)
     assert graphed.shape == plain.shape
     assert (graphed == plain).float().mean() > 0.9  # bfloat16: ties may fall either way
+
+
+@torch.no_grad()
+def test_decode_step_in_16_bits_over_float32_weights():
+    """As under autocast: products from a 16-bit copy, the residual in float32; and the check that guards it bites."""
+    torch.manual_seed(0)
+    config = MoEGPT2Config(
+        n_layer=2, n_embd=64, n_head=2, vocab_size=200, n_positions=64, expert_widths=[64, 0, 128], router="energy",
+        energy_lambda=0.3, initializer_range=0.3,
+    )  # fmt: skip
+    model = MoEGPT2LMHeadModel(config).to(DEVICE).eval()
+    ids_BS = torch.randint(200, (3, 5), device=DEVICE)
+    output = model(ids_BS, use_cache=True)
+    decoder = decoding.Decoder(model, 3, 64, (), torch.float16, graph=DEVICE == "cuda")
+    decoder.prepare(True)
+    decoder.start(output.past_key_values, ids_BS, torch.ones_like(ids_BS), 7)
+    decoder.append(output.logits[:, -1].argmax(-1))
+    decoder.step(sampled=True)
+    want_BV = model(decoder.token_T[:, None], past_key_values=output.past_key_values, use_cache=True).logits[:, -1]
+    assert generation._distance(decoder.logits_TV.float(), want_BV) < generation.TOLERANCE
+    assert generation._distance(decoder.logits_TV.float(), want_BV.roll(1, 0)) > 10 * generation.TOLERANCE
