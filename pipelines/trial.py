@@ -191,6 +191,7 @@ class Trial:
         """Drop the model and its memory, so that an actor can be reused."""
         self.model = None
         self.__dict__.pop("trainer", None)
+        torch._dynamo.reset()  # code compiled for this model: after eight models in one process no more is compiled
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
