@@ -162,7 +162,7 @@ class Bench:
         second = list(self._heard(stream, half + 3, replay and replay[half:]))
         jump, settled = joules(second[:1]) / budget - 1, joules(second[-6:]) / budget - 1
         say(
-            f"{'replay' if replay else 'feedback'}: off the budget before the change {joules(first[3:]) / budget - 1:+.2%},"
+            f"{'replay' if replay else 'feedback'}: off the budget: before {joules(first[3:]) / budget - 1:+.2%},"
             f" right after {jump:+.2%}, at the end {settled:+.2%}; λ {first[-1].energy_lambda:.3f} to"
             f" {second[-1].energy_lambda:.3f}, infeasible {stream.ttt.controller.infeasible}"  # type: ignore[union-attr]
         )

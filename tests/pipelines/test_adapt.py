@@ -1,0 +1,273 @@
+"""`adapt`, `scan` and `eval` on a small checkpoint. Joules are made from what the routers really chose, so that λ acts
+through the model; the clock is the telemetry's own, so that nothing depends on this machine's speed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from hwcost import CostModel, EnergyMonitor, Measurement
+from moe import MoEGPT2Config, MoEGPT2LMHeadModel
+from pipelines import adapting, cli
+from pipelines.adapt import AdaptPlan, BudgetError, adapt, model_shape
+from pipelines.adapting import Stream, Window, price_learner
+from pipelines.checkpoint import Loaded, load_checkpoint
+from pipelines.config import ConfigError
+from pipelines.records import AdaptRecord, Store, TrialRecord
+from pipelines.scan import ScanPoint, broken, scan, worth_training, write_scan
+
+KEYS: dict[str, Any] = {"batch_size": 4, "seq_len": 32, "max_eval_tokens": 512, "measure_seconds": 0.01, "threads": 1}
+KEYS |= {"decode_batches": [2], "decode_prompt_tokens": 4, "decode_new_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Experts of four widths and a gate with opinions, so that joules fall smoothly with λ."""
+    torch.manual_seed(0)
+    config = MoEGPT2Config(
+        vocab_size=512, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+        expert_widths=[128, 64, 32, 0], router="energy", initializer_range=0.1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    MoEGPT2LMHeadModel(config).save_pretrained(path)
+    return str(path)
+
+
+class Meter:
+    """A monitor whose joules are 1 per token and 0.02 per neuron chosen, times `load`; 3 chunks fill a window."""
+
+    source, devices = "counter", ()
+
+    def __init__(self) -> None:
+        self.load, self.ticks, self.stream = 1.0, itertools.count(), None
+        self.system = types.SimpleNamespace(history=())
+        self.clock = types.SimpleNamespace(monotonic=lambda: 0.0)
+
+    @contextlib.contextmanager
+    def window(self, name: str) -> Iterator[Any]:
+        held = types.SimpleNamespace(measurement=None)
+        yield held
+        stream = self.stream
+        assert stream is not None
+        widths = torch.tensor(stream.ttt.model.config.expert_widths, dtype=torch.float64)
+        neurons = float(stream.counts.chosen_E.double() @ widths)
+        energy = self.load * (stream.counts.tokens + 0.02 * neurons)
+        held.measurement = Measurement(name=name, energy_j=energy, duration_s=1.2, source="counter")
+
+
+@pytest.fixture
+def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
+    meter = Meter()
+    monkeypatch.setattr(adapting.time, "monotonic", lambda: 0.1 * next(meter.ticks))
+    before = Stream.__init__
+
+    def remember(self: Stream, *args: Any, **kwargs: Any) -> None:
+        before(self, *args, **kwargs)
+        meter.stream = self
+
+    monkeypatch.setattr(Stream, "__init__", remember)
+    return meter
+
+
+def load(path: str, **changes: Any) -> Loaded:
+    with EnergyMonitor.for_assigned_devices() as monitor:
+        return load_checkpoint(path, KEYS | {"max_train_tokens": 20000} | changes, monitor)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_a_budget_inside_the_range_is_kept(checkpoint: str, meter: Meter, tmp_path: Path, share: float) -> None:
+    said: list[str] = []
+    plan = AdaptPlan(budget_share=share, windows=26)
+    found = adapt(load(checkpoint), meter, plan, out=tmp_path, say=said.append)  # type: ignore[arg-type]
+    assert found.reach.least_j < found.budget_j_per_token < found.reach.most_j
+    settled = found.windows[6:]
+    mean = sum(w.measurement.energy_j or 0.0 for w in settled) / sum(w.tokens for w in settled)
+    assert mean == pytest.approx(found.budget_j_per_token, rel=0.015)
+    rows = Store(tmp_path).read(AdaptRecord).to_pylist()
+    assert [row["window"] for row in rows] == [w.index for w in found.windows]
+    assert not rows[-1]["infeasible"]
+    (trial,) = Store(tmp_path).read(TrialRecord).to_pylist()
+    assert trial["train_energy_j"] is None
+    assert trial["eval_energy_j"] == pytest.approx(sum(row["energy_j"] for row in rows))
+    assert any(line.startswith("reachable") for line in said)
+
+
+def test_the_load_changes_half_way_and_feedback_returns_to_the_budget(
+    checkpoint: str, meter: Meter, tmp_path: Path
+) -> None:
+    def on_window(window: Window, budget: float) -> None:
+        if len(seen) == 15:
+            meter.load = 1.08
+        seen.append(window)
+
+    seen: list[Window] = []
+    plan = AdaptPlan(budget_share=0.6, windows=40)
+    found = adapt(load(checkpoint), meter, plan, out=tmp_path, on_window=on_window)  # type: ignore[arg-type]
+    assert max(w.j_per_token or 0.0 for w in seen[15:20]) > 1.04 * found.budget_j_per_token
+    settled = seen[-15:]
+    mean = sum(w.measurement.energy_j or 0.0 for w in settled) / sum(w.tokens for w in settled)
+    assert mean == pytest.approx(found.budget_j_per_token, rel=0.015)
+
+
+def test_a_budget_below_the_range_is_refused_in_words_or_flagged(checkpoint: str, meter: Meter, tmp_path: Path) -> None:
+    loaded = load(checkpoint)
+    with pytest.raises(BudgetError, match=r"budget: expected .* J/token, which λ can reach here"):
+        adapt(loaded, meter, AdaptPlan(budget_j_per_token=0.5), out=tmp_path)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    plan = AdaptPlan(budget_j_per_token=0.5, force=True, windows=8)
+    found = adapt(loaded, meter, plan, out=tmp_path)  # type: ignore[arg-type]
+    assert found.windows[-1].report is not None
+    assert found.windows[-1].report.infeasible
+
+
+def test_a_budget_above_the_range_leaves_the_price_at_zero(checkpoint: str, meter: Meter, tmp_path: Path) -> None:
+    said: list[str] = []
+    plan = AdaptPlan(budget_j_per_token=1e3, windows=4)
+    found = adapt(load(checkpoint), meter, plan, out=tmp_path, say=said.append)  # type: ignore[arg-type]
+    assert {w.energy_lambda for w in found.windows} == {0.0}
+    assert any("the price stays at 0" in line for line in said)
+
+
+def test_adapting_leaves_the_checkpoint_as_it_was(checkpoint: str, meter: Meter, tmp_path: Path) -> None:
+    loaded = load(checkpoint)
+    gates = {n: p.clone() for n, p in loaded.model.named_parameters()}
+    adapt(loaded, meter, AdaptPlan(budget_share=0.5, windows=3), out=tmp_path)  # type: ignore[arg-type]
+    assert all(torch.equal(p, gates[n]) for n, p in loaded.model.named_parameters())
+    assert all((router.offset_E == 0).all() for router in loaded.model.routers)
+
+
+def test_a_hot_gpu_shrinks_the_next_batch_and_it_grows_back(checkpoint: str, meter: Meter) -> None:
+    from moe import EnergyAwareTTTRouter
+
+    loaded = load(checkpoint)
+    blocks_NS = loaded.corpus.splits["train"].blocks_NS
+    ttt = EnergyAwareTTTRouter(loaded.model, canary_BS=blocks_NS[:2].long())
+    stream = Stream(
+        ttt, blocks_NS, meter, batch_size=8, window_s=0.1, thermal=lambda degrees, most: 3 if degrees > 80 else most  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert stream._cool(70.0) == []
+    assert stream._cool(85.0) == ["batch 8 to 3: 85 °C"]
+    assert stream.chunk().shape[0] == 3
+    assert stream._cool(None) == []
+    assert stream._cool(60.0) == ["batch 3 to 8: 60 °C"]
+
+
+def test_prices_are_learnt_from_what_was_counted(checkpoint: str) -> None:
+    shape = model_shape(load(checkpoint))
+    learner, read = price_learner(CostModel.for_device(None, None), shape, 32)
+    assert set(learner.table_j) >= {"token", "join 32", "join 64", "join 128", "open"}
+    counts = adapting.Counts(tokens=64, chosen_E=torch.tensor([10, 20, 30, 68]), opens=torch.tensor(6))
+    static_w = CostModel.for_device(None, None).static_w
+    found = read(counts, Measurement(name="adapt", energy_j=5.0 + 2 * static_w, duration_s=2.0))
+    assert found is not None
+    values, energy = found
+    assert energy == pytest.approx(5.0)
+    assert (values["token"], values["join 128"], values["join 64"], values["join 32"], values["open"]) == (
+        64,
+        10,
+        20,
+        30,
+        6,
+    )
+    assert read(counts, Measurement(name="adapt")) is None
+
+
+# scan
+
+
+def point(**changes: Any) -> ScanPoint:
+    values: dict[str, Any] = {
+        "energy_lambda": 0.0, "loss_nats": 3.0, "routing_diversity": 1.0, "effective_experts": 4.0, "agreement": 1.0,
+        "flip_fraction": 0.0, "open_experts": 4.0, "mean_selected_width": 100.0, "prefill_j_per_token": 1.0,
+        "decode_j_per_token": 1.0, "modelled_train_j_per_token": None, "energy_source": "counter",
+    }  # fmt: skip
+    return ScanPoint(**(values | changes))
+
+
+def test_a_walk_ends_where_loss_or_diversity_breaks() -> None:
+    free = point()
+    assert broken(free, point(energy_lambda=0.1, loss_nats=3.05)) is None
+    assert "nat above" in str(broken(free, point(energy_lambda=1.0, loss_nats=3.2)))
+    assert "nat above" in str(broken(free, point(energy_lambda=1.0, loss_nats=float("nan"))))
+    assert "diversity is 0.40" in str(broken(free, point(energy_lambda=1.0, routing_diversity=0.4)))
+
+
+def test_the_range_worth_training_is_where_the_price_acts() -> None:
+    flips = {1e-4: 0.0, 1e-2: 0.02, 0.1: 0.3, 1.0: 0.6, 10.0: 0.6, 100.0: 0.6}
+    points = [point(), *(point(energy_lambda=x, flip_fraction=f) for x, f in flips.items())]
+    assert worth_training(points) == (1e-2, 1.0)
+    assert worth_training(points[:2]) is None
+    assert worth_training([*points[:4], point(energy_lambda=1.0, flip_fraction=0.6, loss_nats=4.0)]) == (1e-2, 0.1)
+
+
+def test_a_scan_writes_its_curve_and_a_space_that_loads(checkpoint: str, tmp_path: Path) -> None:
+    from pipelines.plan import plan_sweep
+    from tune_spaces import load_space
+
+    loaded = load(checkpoint)
+    with EnergyMonitor.for_assigned_devices() as monitor:
+        found = scan(loaded, monitor, (1e-5, 0.3, 3.0))
+    assert [p.energy_lambda for p in found.points] == [0.0, 1e-5, 0.3, 3.0]
+    assert found.points[0].agreement == pytest.approx(1.0)
+    assert found.points[3].mean_selected_width < found.points[0].mean_selected_width
+    assert loaded.model.config.energy_lambda == 0.0
+    paths = write_scan(found, loaded, tmp_path)
+    assert [p.name for p in paths] == ["scan.json", "scan.png", "space.yaml"]
+    assert yaml.safe_load(paths[2].read_text())["trial"]["energy_lambda"]["grid"][0] == 0.0
+    assert len(plan_sweep(load_space(paths[2])).trials) >= 2
+
+
+# commands
+
+
+def test_upcycle_and_eval(tmp_path: Path) -> None:
+    import transformers
+
+    dense = tmp_path / "dense"
+    shape = transformers.GPT2Config(vocab_size=512, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(dense)
+    runner, out = CliRunner(), str(tmp_path / "moe")
+    made = runner.invoke(cli.app, ["upcycle", str(dense), out, "--widths", "1,0.5,0", "--top-k", "2"])
+    assert made.exit_code == 0, made.output
+    keys = [f"--set={key}={value}" for key, value in KEYS.items()]
+    judged = runner.invoke(cli.app, ["eval", out, "--json", *keys])
+    assert judged.exit_code == 0, judged.output
+    found = yaml.safe_load(judged.stdout)
+    assert found["loss_nats"] > 0
+    assert found["prefill_j_per_token"] > 0
+    assert found["decode_j_per_token_b2"] > 0
+    assert runner.invoke(cli.app, ["eval", str(dense), "--json", *keys]).exit_code == 0
+    again = runner.invoke(cli.app, ["upcycle", str(dense), out])
+    assert isinstance(again.exception, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "/nowhere"], "checkpoint: expected a folder with a config.json, got /nowhere"),
+        (["adapt", "/nowhere"], "budget: expected --budget-j-per-token or --budget-share"),
+        (["scan", "/nowhere", "--lambdas", "a"], "lambdas: expected numbers"),
+        (["upcycle", "/nowhere", "/tmp/x", "--widths", "1", "--router", "no"], "router: expected one of"),
+    ],
+)
+def test_bad_input_names_the_key(arguments: list[str], message: str) -> None:
+    found = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(found.exception, ConfigError)
+    assert message in str(found.exception)
+
+
+def test_a_router_without_a_price_cannot_keep_a_budget(checkpoint: str, meter: Meter, tmp_path: Path) -> None:
+    loaded = load(checkpoint, router="topk")
+    with pytest.raises(ConfigError, match="router: expected one on which λ acts"):
+        adapt(loaded, meter, AdaptPlan(budget_share=0.5), out=tmp_path)  # type: ignore[arg-type]
+    with EnergyMonitor.for_assigned_devices() as monitor, pytest.raises(ConfigError, match="router"):
+        scan(loaded, monitor)
