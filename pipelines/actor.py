@@ -19,6 +19,7 @@ from pipelines import recover
 from pipelines.config import TrialConfig
 from pipelines.heartbeat import Keeper, keeper_of
 from pipelines.journal import Journal, process_start
+from pipelines.ledger import trial_monitor
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, Store
 from pipelines.trial import Trial, TrialKey
@@ -86,7 +87,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
 
     def _watch(self, config: dict[str, Any], journal: Journal) -> None:
         if self.monitor is None:
-            self.monitor = EnergyMonitor.for_assigned_devices(cpu_parallel=config["parallel"])
+            self.monitor = trial_monitor(cpu_parallel=config["parallel"])
             path = journal.beat_path(self._beats)
             self.keeper = keeper_of(self.monitor, path, config.get("session", ""))
 

@@ -206,6 +206,10 @@ def submit(
     address: Annotated[str, typer.Option(help="Ray dashboard, http://HEAD:8265.")],
     out: Out = "results",
     follow: Annotated[bool, typer.Option(help="Stream the job's log and return its exit code.")] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Further word for the sweep: --option=--seeds --option=3; repeatable."),
+    ] = None,
     base: Base = None,
     tokenizer: Tokenizer = None,
     data: Data = None,
@@ -218,7 +222,7 @@ def submit(
     path = find_space(space)
     overrides = _overrides(settings, base=base, tokenizer=tokenizer, data=data)
     plan_sweep(load_space(path), overrides=overrides)  # bad input ends here, not on the cluster
-    code = submit_sweep(path, out=out, address=address, overrides=overrides, follow=follow)
+    code = submit_sweep(path, out=out, address=address, overrides=overrides, follow=follow, options=option or ())
     raise typer.Exit(code)
 
 

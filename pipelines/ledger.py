@@ -7,12 +7,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from hwcost import EnergyMonitor, Measurement
+import torch
+
+from hwcost import CostModel, EnergyMonitor, Measurement
 from pipelines.heartbeat import Keeper
 
 SETUP, TRAIN, EVAL, BRANCH = "setup", "train", "eval", "branch"
 PHASES = (SETUP, TRAIN, EVAL, BRANCH)
 _SPAN = "trial"
+
+
+def trial_monitor(*, cpu_parallel: int = 1) -> EnergyMonitor:
+    """A monitor of the one device that a trial in this process uses; idle watts from its profile if it has one."""
+    if not torch.cuda.is_available():
+        return EnergyMonitor.for_assigned_devices(cpu_parallel=cpu_parallel)
+    profile = CostModel.for_device(torch.cuda.get_device_name(0))
+    return EnergyMonitor.for_assigned_devices(cpu_parallel=cpu_parallel, torch_device="cuda:0", profile=profile)
 
 
 def total(values: Iterable[float | None]) -> float | None:

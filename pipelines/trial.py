@@ -33,7 +33,7 @@ from pipelines.evaluation import (
 from pipelines.faults import passing
 from pipelines.heartbeat import Keeper
 from pipelines.journal import Journal
-from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, quadrature, total
+from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, quadrature, total, trial_monitor
 from pipelines.model import Hardware, build_model, modelled_step_j, set_prices
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
@@ -399,7 +399,7 @@ def run_trial(
     An error becomes a FAILED record with its reason. `keep` writes checkpoints and the trained model too.
     """
     key = TrialKey(sweep_id=sweep_id, trial_id=config.trial_id, attempt=attempt)
-    with monitor or EnergyMonitor.for_assigned_devices() as own:
+    with monitor or trial_monitor() as own:
         journal = Journal(os.fspath(out), sweep_id) if keep else None
         trial = Trial(config, key, Store(out), own, journal=journal)
         while isinstance(record := trial.advance(), EpochRecord):
