@@ -7,7 +7,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,20 @@ _POLL_S = 0.5
 
 
 def submit_sweep(
-    space: Path, *, out: str, address: str, overrides: Mapping[str, Any] | None = None, follow: bool = False
+    space: Path,
+    *,
+    out: str,
+    address: str,
+    overrides: Mapping[str, Any] | None = None,
+    follow: bool = False,
+    options: Sequence[str] = (),
 ) -> int:
     """Send a space and the four packages to a cluster and start the sweep there.
 
-    `out` is a path or URI as the cluster sees it (storage that all its nodes share). Returns the job's
-    exit code with `follow`, else 0 once it was accepted.
+    `out` is a path or URI as the cluster sees it (storage that all its nodes share); `options` are further words
+    for `joulemoe sweep`. Returns the job's exit code with `follow`, else 0 once it was accepted. A head that wants
+    a token gets it from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH). Ctrl-C while following
+    stops the job with SIGINT, so that the sweep ends cleanly, and goes on following to its end.
 
     Raises:
         ConfigError: no Ray head answers at the address, or it refuses the job.
@@ -39,7 +47,7 @@ def submit_sweep(
         try:
             client = JobSubmissionClient(address)
             job_id = client.submit_job(
-                entrypoint=entrypoint(space, out, overrides or {}),
+                entrypoint=entrypoint(space, out, overrides or {}, options),
                 runtime_env={"working_dir": folder, "env_vars": {**_STOP, "PYTHONPATH": "."}},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -57,17 +65,21 @@ def package(folder: Path, space: Path) -> None:
     shutil.copy(space, folder / "space.yaml")
 
 
-def entrypoint(space: Path, out: str, overrides: Mapping[str, Any]) -> str:
+def entrypoint(space: Path, out: str, overrides: Mapping[str, Any], options: Sequence[str] = ()) -> str:
     """The command that the cluster runs."""
     words = ["python", "-m", "pipelines.cli", "sweep", "space.yaml", "--out", out, "--address", "auto"]
     for key, value in overrides.items():
         words += ["--set", f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"]
-    return shlex.join(words)
+    return shlex.join([*words, *options])
 
 
 def _follow(client: Any, job_id: str) -> int:
     """Stream the job's log until it ends; 0 where it succeeded, else its exit code (1 where Ray knows none)."""
-    asyncio.run(_stream(client, job_id))
+    try:
+        asyncio.run(_stream(client, job_id))
+    except KeyboardInterrupt:
+        print(f"Stopping {job_id}: the sweep ends cleanly.", flush=True)
+        client.stop_job(job_id)
     while not client.get_job_status(job_id).is_terminal():
         time.sleep(_POLL_S)
     info = client.get_job_info(job_id)

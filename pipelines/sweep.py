@@ -250,7 +250,8 @@ def _connected(address: str) -> Iterator[None]:
 
 
 def _connect(address: str) -> bool:
-    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # rows say what failed
+    for name in ("ray.tune.execution.tune_controller", "ray.tune.analysis.experiment_analysis", "ray.tune.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # rows say what failed, and how to go on
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
     if ray.is_initialized():
         return False

@@ -81,3 +81,8 @@ def test_a_job_that_fails_returns_its_exit_code(
     space = tmp_path / "s.yaml"
     space.write_text(yaml.safe_dump({"question": "?", "trial": tiny | {"top_k": 99}}))
     assert submit_sweep(space, out=str(tmp_path / "out"), address=head, follow=True) == 2
+
+
+def test_options_of_a_sweep_travel_too() -> None:
+    words = entrypoint(Path("s.yaml"), "/shared/out", {}, ["--scheduler", "pareto-asha", "--max-joules", "5e6"])
+    assert words.endswith("--address auto --scheduler pareto-asha --max-joules 5e6")
