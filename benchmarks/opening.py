@@ -1,7 +1,7 @@
 """Loss against open experts: `topk` with lower K, `piggyback` and `opening`, by batch, on one trained model.
 
-Trains a small model twice, with `topk` and with `opening` at a price, then reads each with every router, without further
-training: validation loss, distinct experts open per position and layer (null experts cost nothing and are not counted),
+Trains a small model twice, with `topk` and with `opening` at a price, then reads each with every router, without more
+training: validation loss, distinct experts open per position and layer (null experts are not counted),
 and on a GPU the joules and time of decoding.
 
     python benchmarks/opening.py [--data corpus.parquet --tokenizer FOLDER] [--seconds 60] [--set KEY=VALUE]
