@@ -275,7 +275,9 @@ class PowerRecord:
 
 
 Record = TrialRecord | PointRecord | EpochRecord | AdaptRecord | PowerRecord
-TABLES: dict[str, type[Record]] = {cls.TABLE: cls for cls in (TrialRecord, PointRecord, EpochRecord, AdaptRecord, PowerRecord)}
+TABLES: dict[str, type[Record]] = {
+    cls.TABLE: cls for cls in (TrialRecord, PointRecord, EpochRecord, AdaptRecord, PowerRecord)
+}
 
 #: Text that hardly repeats: not worth a dictionary.
 _UNIQUE = ("trial_id", "config_fingerprint", "trial_fingerprint", "config_json", "error")

@@ -12,7 +12,7 @@ from pipelines.config import ConfigError, TrialConfig
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("top_kk", 2, "top_kk: unknown key; expected one of base, batch_size"),
+        ("top_kk", 2, "top_kk: unknown key; expected one of anytime, base, batch_size"),
         ("energy_lambda", -0.1, "energy_lambda: expected greater than or equal to 0, got -0.1"),
         ("energy_lambda", float("nan"), "energy_lambda: expected a finite number, got nan"),
         ("top_k", 9, "top_k: expected at most 4, the number of experts, got 9"),
