@@ -137,6 +137,15 @@ def prune_finals(journal: Journal, keep: Iterable[str]) -> None:
                 journal.fs.delete_dir(inner.path)
 
 
+def final_models(journal: Journal) -> dict[str, str]:
+    """Folder of the trained model by trial id, where it was kept; models on object stores are left where they are."""
+    if not journal.local:
+        return {}
+    entries = journal.fs.get_file_info(pafs.FileSelector(journal.checkpoints, allow_not_found=True))
+    found = {entry.base_name: Checkpoints(journal, entry.base_name).final for entry in entries}
+    return {trial_id: folder for trial_id, folder in found.items() if folder is not None}
+
+
 def _unique(model: Any) -> dict[str, torch.Tensor]:
     """The state dict on the CPU; of tensors that share memory (tied embeddings) only the first."""
     found: dict[str, torch.Tensor] = {}

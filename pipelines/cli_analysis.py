@@ -47,6 +47,8 @@ def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str,
         True where a front with at least one member was written.
     """
     from pipelines import compaction
+    from pipelines.checkpoints import final_models
+    from pipelines.journal import Journal
     from pipelines.pareto import pareto_front
     from pipelines.records import Store
     from pipelines.report import write_report
@@ -71,7 +73,7 @@ def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str,
         console.print(f"MLflow was left out ({error}); `joulemoe mirror {out}` repairs it.", markup=False)
     paths = write_report(out, sweep_id, links=links)
     tracker.start_sweep(sweep_id)
-    tracker.finish_sweep(front, artifacts=paths)
+    tracker.finish_sweep(front, artifacts=paths, models=final_models(Journal(os.fspath(out), sweep_id)))
     console.print(f"Report: {paths[0]}", markup=False, soft_wrap=True)
     if links:
         console.print(f"MLflow: joulemoe ui {out}", markup=False, soft_wrap=True)
