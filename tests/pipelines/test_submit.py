@@ -16,7 +16,7 @@ from pipelines.config import ConfigError
 from pipelines.records import Store, TrialRecord
 from pipelines.submit import PACKAGES, entrypoint, package, submit_sweep
 
-PORT = 18265
+PORT = 28265  # beyond 10002 to 19999, which Ray gives to its workers
 
 
 def test_the_four_packages_and_the_space_travel(tmp_path: Path) -> None:
@@ -44,14 +44,16 @@ def test_no_head_is_named_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
     """A real Ray head with its dashboard on this machine."""
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the job's `python` is that of the head's environment
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path}
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    options = f"--head --port=16379 --dashboard-port={PORT} --dashboard-host=127.0.0.1 --num-cpus=2 --num-gpus=0"
+    options = f"--head --port=26379 --dashboard-port={PORT} --dashboard-host=127.0.0.1 --num-cpus=2 --num-gpus=0"
     start = [*ray, "start", *options.split(), "--disable-usage-stats", f"--temp-dir=/tmp/joulemoe-{os.getpid()}"]
-    subprocess.run(start, env=environment, check=True, capture_output=True, timeout=120)
+    started = subprocess.run(start, env=environment, check=False, capture_output=True, text=True, timeout=120)
+    assert started.returncode == 0, started.stderr
     try:
         yield f"http://127.0.0.1:{PORT}"
     finally:
