@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import torch
+import transformers
 from ray import tune
 
 from hwcost import EnergyMonitor
@@ -120,6 +121,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
 def quiet_libraries() -> None:
     """Keep third-party chatter out of a trial's output; errors still show."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_float32_matmul_precision("high")
 

@@ -267,15 +267,19 @@ def _overrides(settings: list[str] | None, **named: str | None) -> dict[str, Any
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:  # a glob such as *.txt
+            values[key] = value
     return values | {key: value for key, value in named.items() if value is not None}
 
 
 def _yaml_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config {path}: expected a readable YAML file, got {error.strerror or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"config {path}: expected a readable YAML file, got {reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: expected YAML, got {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

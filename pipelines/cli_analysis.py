@@ -299,7 +299,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        typer.echo(str(error), err=True)
+        typer.echo(f"joulemoe: {error}", err=True)
         raise typer.Exit(2) from None
 
 

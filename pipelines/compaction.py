@@ -50,13 +50,25 @@ def _compact(store: Store, record: type[Record], sweep_id: str) -> Compacted | N
     fresh = f"{target}.new"
     parquet.write(table, fresh, None if store.local else store.fs)
     back = parquet.read(fresh, store.fs)
-    if not back.equals(table) or not back.schema.equals(table.schema, check_metadata=True):
+    if not _comparable(back).equals(_comparable(table)) or not back.schema.equals(table.schema, check_metadata=True):
         store.fs.delete_file(fresh)
         raise RuntimeError(f"{target}: expected the {table.num_rows} rows that were written, read back others")
     store.fs.move(fresh, target)
     for path in parts:
         store.fs.delete_file(path)
     return Compacted(table=record.TABLE, parts=len(parts), rows=table.num_rows)
+
+
+def _comparable(table: pa.Table) -> pa.Table:
+    """The table with NaN, which equals nothing, as infinity beside a mask of where it was."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_floating(field.type):
+            is_nan = pc.is_nan(table[index])
+            table = table.set_column(
+                index, field, pc.if_else(is_nan, pa.scalar(float("inf"), field.type), table[index])
+            )
+            table = table.append_column(f"{field.name} is nan", is_nan)
+    return table
 
 
 def _sorted(table: pa.Table) -> pa.Table:

@@ -25,6 +25,10 @@ class ConfigError(ValueError):
     """A setting that cannot be: one line with the key, what was expected and what was got."""
 
 
+class NonFiniteLossError(ArithmeticError):
+    """A loss left the numbers: the trial fails with this reason."""
+
+
 class TrialConfig(pydantic.BaseModel):
     """One trial. Every key of a space's `trial` section is a field here; an unknown key is an error."""
 
@@ -120,6 +124,9 @@ class TrialConfig(pydantic.BaseModel):
         _expect(
             "decode_batches", "batches of at least 1", all(b >= 1 for b in self.decode_batches), self.decode_batches
         )
+        if self.base == "random" and self.moe_layers is not None:
+            fits = list(self.moe_layers) == sorted({i for i in self.moe_layers if 0 <= i < self.n_layer})
+            _expect("moe_layers", f"ascending block indices from 0 to {self.n_layer - 1}", fits, self.moe_layers)
         room = self.seq_len - self.decode_prompt_tokens
         _expect(
             "decode_new_tokens",

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,6 +33,7 @@ EMBEDDED_VOCAB = 512
 _CACHE_VERSION = "1"
 _HUB_ROWS = 1000  # rows of a hub data set that make one document: they are lines of running text
 _MANY = 20  # documents from which on whole documents are dealt to the splits
+_TEXT_ENDINGS = (".txt", ".parquet", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".log")
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -88,10 +90,13 @@ def load_corpus(config: TrialConfig) -> Corpus:
     Raises:
         ConfigError: the data or the tokenizer cannot be had, or the text is shorter than one block.
     """
+    if config.data != EMBEDDED:
+        _files(config.data)  # a missing file is named before anything else
     tokenizer_key = config.tokenizer or (EMBEDDED if config.data == EMBEDDED else config.base)
     if tokenizer_key == "random":
         raise ConfigError(
             "tokenizer: expected a hub name or a folder for data of one's own, got nothing; pass --tokenizer PATH"
+            " (or --tokenizer embedded)"
         )
     tokenizer = _embedded_tokenizer() if tokenizer_key == EMBEDDED else _load_tokenizer(tokenizer_key)
     key = _digest(_CACHE_VERSION, _source_key(config.data), tokenizer.to_str(), str(config.seq_len))
@@ -150,14 +155,15 @@ def _source_key(data: str) -> str:
 
 def _files(data: str) -> list[str]:
     """The files that `data` names; none where it is the name of a hub data set."""
-    if os.path.isfile(data):
-        return [data]
-    found = sorted(f for f in glob.glob(data, recursive=True) if os.path.isfile(f))
-    looks_like_a_path = data.startswith((".", "/", "~")) or data.endswith((".txt", ".parquet", ".md")) or "*" in data
-    if not found and (looks_like_a_path or os.path.isdir(data)):
+    matches = [data] if os.path.isfile(data) else glob.glob(data, recursive=True)
+    found = sorted(f for f in matches if os.path.isfile(f))
+    looks_like_a_path = data.startswith((".", "/", "~")) or data.lower().endswith(_TEXT_ENDINGS)
+    if not found and (looks_like_a_path or any(sign in data for sign in "*?[") or os.path.isdir(data)):
         raise ConfigError(
             f"data: expected a text file, a glob, a Parquet file or a hub data set, got {data!r}, where no file is"
         )
+    if found and not any(map(os.path.getsize, found)):
+        raise ConfigError(f"data: expected text, got an empty file: {data}")
     return found
 
 
@@ -190,8 +196,14 @@ def _parquet_documents(file: str) -> list[Document]:
         raise ConfigError(f"data: expected a Parquet file, got {file}: {' '.join(str(error).split())}") from None
     if "text" not in schema.names:
         raise ConfigError(f"data: expected a column 'text' in {file}, got {', '.join(schema.names)}")
+    kind = schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+        raise ConfigError(f"data: expected strings in the column 'text' of {file}, got {kind}")
     columns = [name for name in ("text", "split", "domain") if name in schema.names]
     rows = pq.read_table(file, columns=columns).to_pylist()
+    strange = sorted({str(r["split"]) for r in rows if r.get("split") and _split_name(r["split"]) not in SPLITS})
+    if strange:
+        raise ConfigError(f"data: expected splits {', '.join(SPLITS)} in {file}, got {strange[0]!r}")
     return [
         Document(text=row["text"] or "", split=_split_name(row.get("split")), domain=row.get("domain") or "text")
         for row in rows
@@ -277,6 +289,8 @@ def _embedded_tokenizer() -> Tokenizer:
 
 def _load_tokenizer(name: str) -> Tokenizer:
     if not os.path.isdir(name):
+        if name.startswith((".", "/", "~")):
+            raise ConfigError(f"tokenizer: expected a folder, got {name!r}, which does not exist")
         prepare_hub()
     import transformers
 
@@ -373,7 +387,13 @@ def _write_atomically(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> Non
 
 
 def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"JOULEMOE_CACHE: expected a folder that can be written, got {path.parent}: {reason}"
+        ) from None

@@ -16,7 +16,7 @@ import torch
 
 from hwcost import EnergyMonitor, Measurement
 from moe import RoutingStats, RoutingSummary
-from pipelines.config import TrialConfig
+from pipelines.config import NonFiniteLossError, TrialConfig
 from pipelines.data import Corpus, TokenSplit
 from pipelines.model import Hardware
 
@@ -59,6 +59,8 @@ def evaluate(model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardw
         if stats is not None:
             stats.update(output.routing, domain_B.repeat_interleave(block_BS.shape[1]))
     loss_nats = float(total) / targets
+    if not math.isfinite(loss_nats):
+        raise NonFiniteLossError("the evaluation loss is not finite; lower learning_rate or grad_clip")
     return Evaluation(
         loss_nats=loss_nats,
         bits_per_byte=loss_nats / math.log(2) / split.bytes_per_token,

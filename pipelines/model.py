@@ -72,14 +72,24 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
         )
         return _compilable(transformers.GPT2LMHeadModel(shape))
     if not os.path.isdir(config.base):
+        if config.base.startswith((".", "/", "~")):
+            raise ConfigError(f"base: expected a checkpoint folder, got {config.base!r}, which does not exist")
         prepare_hub()
     try:
-        dense = transformers.GPT2LMHeadModel.from_pretrained(config.base, dtype=torch.float32, **_dropouts(config))
+        dense, found = transformers.GPT2LMHeadModel.from_pretrained(
+            config.base, dtype=torch.float32, output_loading_info=True, **_dropouts(config)
+        )
     except Exception as error:
         reason = first_line(error)
         if os.path.isdir(config.base):
             raise ConfigError(f"base: expected a GPT-2 checkpoint in {config.base}, got {reason}") from None
         raise ConfigError(f"base: {config.base!r} cannot be had ({reason}); {OFFLINE_OPTIONS}") from None
+    missing = sorted(set(found["missing_keys"]) - {"lm_head.weight"})
+    if missing:
+        raise ConfigError(
+            f"base: expected a dense GPT-2 checkpoint in {config.base}, got one without {missing[0]}"
+            f" ({len(missing)} weights are missing; a model with experts cannot be a base)"
+        )
     positions, vocabulary = dense.config.n_positions, dense.config.vocab_size
     if config.seq_len > positions:
         raise ConfigError(

@@ -115,6 +115,8 @@ def plan_sweep(
     points = list(chosen.grid_points()) if search == "grid" else _draws(chosen, samples)
     configs = [TrialConfig.parse(_located(point)) for point in points]
     unique = {config.trial_id: config for config in reversed(configs)}
+    for config in configs:
+        _same_files(config, unique[config.trial_id])
     kept = [config for config in configs if unique[config.trial_id] is config]
     trials = [c.model_copy(update={"seed": c.seed + replicate}) for replicate in range(seeds) for c in kept]
     if not trials:
@@ -160,6 +162,16 @@ _RULES = ("scheduler", "objectives", "max_joules", "max_hours", "stall")
 
 def _absolute(document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "trial": _located(document["trial"])}
+
+
+def _same_files(one: TrialConfig, other: TrialConfig) -> None:
+    """Raises ConfigError where two experiments differ in nothing but the folder of a file: their id is the same."""
+    for key in ("base", "tokenizer", "data"):
+        if getattr(one, key) != getattr(other, key):
+            raise ConfigError(
+                f"{key}: expected files with different names, got {getattr(one, key)!r} and {getattr(other, key)!r},"
+                " which an experiment's id cannot tell apart"
+            )
 
 
 def _located(point: Mapping[str, Any]) -> dict[str, Any]:

@@ -256,15 +256,12 @@ def _connect(address: str) -> bool:
     if ray.is_initialized():
         return False
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if address == "local":
-        ray.init(address="local", include_dashboard=False, **options)
-    else:
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"address: expected a Ray cluster at {address!r}, got {str(error).splitlines()[0]}"
-            ) from None
+    own = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, **own, **options)
+    except Exception as error:  # Ray raises plain Exception where its processes do not start in time
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"address: expected Ray at {address!r}, got {reason}") from None
     return True
 
 

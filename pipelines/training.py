@@ -15,17 +15,13 @@ from typing import Any
 
 import torch
 
-from pipelines.config import TrialConfig
+from pipelines.config import NonFiniteLossError, TrialConfig
 from pipelines.data import TokenSplit
 from pipelines.faults import passing
 from pipelines.model import Hardware
 
 _FINITE_CHECK_STEPS = 50
 _BETAS = (0.9, 0.95)
-
-
-class NonFiniteLossError(ArithmeticError):
-    """Training left the numbers: the trial fails with this reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

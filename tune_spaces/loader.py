@@ -146,8 +146,9 @@ def load_space(path: str | Path) -> Space:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpaceError(f"space {path}: expected a readable YAML file, got {error.strerror or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpaceError(f"space {path}: expected a readable YAML file, got {reason}") from None
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -181,6 +182,7 @@ def parse_space(name: str, document: Mapping[str, Any]) -> Space:
     if not isinstance(sweep, dict):
         raise SpaceError(f"sweep: expected keys, got {_name(sweep)}")
     _only(sweep, SWEEP_KEYS, where="sweep")
+    _check_sweep(sweep)
     fixed: dict[str, Any] = {}
     domains: dict[str, Domain] = {}
     conditions: dict[str, Conditions] = {}
@@ -203,6 +205,19 @@ def parse_space(name: str, document: Mapping[str, Any]) -> Space:
         conditions=conditions,
         sweep=sweep,
     )
+
+
+def _check_sweep(sweep: Mapping[str, Any]) -> None:
+    for key in ("seeds", "samples", "parallel", "stop_when_hypervolume_stalls"):
+        value = sweep.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise SpaceError(f"sweep.{key}: expected a whole number of at least 1, got {_name(value)}")
+    for key in ("max_joules", "max_hours"):
+        value = sweep.get(key)
+        if value is not None and (_number(value) or 0) <= 0:
+            raise SpaceError(f"sweep.{key}: expected a number above 0, got {_name(value)}")
+    if not isinstance(sweep.get("objectives") or [], list):
+        raise SpaceError(f"sweep.objectives: expected a list of columns, got {_name(sweep['objectives'])}")
 
 
 def _domain(key: str, value: Mapping[str, Any]) -> tuple[Domain, Conditions]:

@@ -23,6 +23,7 @@ from pipelines.config import ConfigError, TrialConfig
         ("epochs", "many", "epochs: expected a valid integer"),
         ("expert_width_factors", [0.0, 0.0], "expert_width_factors: expected widths ≥ 0, one of them above 0"),
         ("n_embd", 33, "n_embd: expected a multiple of n_head (2), got 33"),
+        ("moe_layers", [5], "moe_layers: expected ascending block indices from 0 to 0, got (5,)"),
         ("temperature", 0, "temperature: expected greater than 0, got 0"),
         (
             "decode_new_tokens",

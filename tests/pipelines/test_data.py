@@ -92,6 +92,36 @@ def test_parquet_without_text_is_named(tiny: dict[str, Any], tmp_path: Path) -> 
         corpus_of(tiny, data=str(tmp_path / "c.parquet"), tokenizer="embedded")
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"text": [1, 2]}, "expected strings in the column 'text'"),
+        ({"text": ["x"], "split": ["holdout"]}, "expected splits train, validation, test"),
+    ],
+)
+def test_parquet_that_cannot_be_used_is_named(
+    tiny: dict[str, Any], tmp_path: Path, columns: dict[str, Any], said: str
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    with pytest.raises(ConfigError, match=said):
+        corpus_of(tiny, data=str(tmp_path / "c.parquet"), tokenizer="embedded")
+
+
+@pytest.mark.parametrize("data", ["nofile.json", "./no", "no*.txt"])
+def test_a_missing_file_is_named_before_the_tokenizer(tiny: dict[str, Any], data: str) -> None:
+    with pytest.raises(ConfigError, match=r"data: .* where no file is"):
+        corpus_of(tiny, data=data)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JOULEMOE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match="JOULEMOE_CACHE: expected a folder that can be written"):
+        corpus_of(tiny)
+
+
 def test_own_data_needs_a_tokenizer(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(WORDS)
     with pytest.raises(ConfigError, match="pass --tokenizer PATH"):

@@ -53,6 +53,15 @@ def test_a_sampled_space_has_no_grid(tiny: dict[str, Any]) -> None:
         plan_sweep(space(tiny, {"temperature": Uniform(0.5, 2)}), search="grid")
 
 
+def test_files_that_differ_in_their_folder_only_are_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c.txt").write_text(folder)
+    files = Grid(tuple(str(tmp_path / folder / "c.txt") for folder in "xy"))
+    with pytest.raises(ConfigError, match="data: expected files with different names"):
+        plan_sweep(space(tiny, {"data": files}))
+
+
 def test_an_unknown_search_is_named(tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="search: expected one of grid, random, tpe, nsga2, gp, got"):
         plan_sweep(space(tiny, {}), search="magic")

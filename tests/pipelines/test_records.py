@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 import os
 from pathlib import Path
 
@@ -158,6 +159,13 @@ def test_an_attempt_written_again_replaces_its_compacted_rows(tmp_path: Path) ->
     rows = {row["trial_id"]: row["train_energy_j"] for row in store.read(TrialRecord).to_pylist()}
     assert rows == {"a": 1.0, "b": 100.0}
     assert store.read(TrialRecord, trial_ids=["a"], columns=["train_energy_j"])["train_energy_j"].to_pylist() == [1.0]
+
+
+def test_nan_does_not_keep_a_table_from_being_compacted(tmp_path: Path) -> None:
+    store = synthetic.write(tmp_path, [trial("a", eval_loss_nats=float("nan")), trial("b")])
+    assert compaction.compact(store, SWEEP)
+    losses = store.read(TrialRecord)["eval_loss_nats"].to_pylist()
+    assert [math.isnan(loss) for loss in losses] == [True, False]
 
 
 def test_what_does_not_read_back_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

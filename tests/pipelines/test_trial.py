@@ -178,6 +178,19 @@ def test_nan_becomes_a_failed_row_with_its_reason(tiny: dict[str, Any], tmp_path
     assert Store(tmp_path).read(TrialRecord, "single").to_pylist()[0]["error"] == record.error
 
 
+def test_an_evaluation_that_is_not_finite_fails_too(tiny: dict[str, Any], tmp_path: Path) -> None:
+    record = run_trial(config_of(tiny, learning_rate=1e30, grad_clip=1e6, max_train_tokens=256), out=tmp_path)
+    assert record.state == "FAILED"
+    assert record.error is not None
+    assert "not finite" in record.error
+
+
+def test_a_model_with_experts_is_no_base(tiny: dict[str, Any], tmp_path: Path) -> None:
+    built(config_of(tiny))[0].save_pretrained(tmp_path / "moe")
+    with pytest.raises(ConfigError, match="a model with experts cannot be a base"):
+        built(config_of(tiny, base=str(tmp_path / "moe"), tokenizer="embedded"))
+
+
 def test_a_trial_that_is_stopped_is_censored(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(tiny, epochs=3)
     with EnergyMonitor.for_assigned_devices() as monitor:

@@ -77,6 +77,9 @@ trial:
         ("trial: {}", "trial: expected the keys of a trial"),
         ("trial: {a: 1}\nsweep: {sed: 1}", "sweep: unknown key 'sed'"),
         ("trial: {a: 1}\nsweep: 4", "sweep: expected keys, got 4"),
+        ("trial: {a: 1}\nsweep: {seeds: 2.5}", "sweep.seeds: expected a whole number of at least 1, got 2.5"),
+        ("trial: {a: 1}\nsweep: {max_joules: x}", "sweep.max_joules: expected a number above 0, got 'x'"),
+        ("trial: {a: 1}\nsweep: {objectives: 3}", "sweep.objectives: expected a list of columns, got 3"),
         ("- 1", "expected keys 'trial'"),
         ("a: [", "expected YAML"),
     ],
@@ -107,3 +110,9 @@ def test_shipped_spaces_are_found_by_name() -> None:
 @pytest.mark.parametrize("name", sorted(shipped_spaces()))
 def test_shipped_spaces_load_and_say_their_question(name: str) -> None:
     assert load_space(shipped_spaces()[name]).question
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_bytes(bytes(range(200, 256)))
+    with pytest.raises(SpaceError, match="expected a readable YAML file"):
+        load_space(tmp_path / "s.yaml")
