@@ -69,10 +69,10 @@ def front_table(front: Front, *, limit: int = 40) -> Table:
     probable = front.probability_N is not None
     for name in labels:
         side: Any = "left" if name in _WORDS else "right"
-        table.add_column(_HEADS.get(name, name), justify=side, no_wrap=True)
+        table.add_column(_HEADS.get(name, name), justify=side)
     for axis in axes:
         head = axis_title(axis, modelled=front.modelled).replace(" [", "\n[")
-        table.add_column(escape(head), justify="right", no_wrap=True)
+        table.add_column(escape(head), justify="right")
     table.add_column("seeds", justify="right")
     if probable:
         table.add_column("P(front)", justify="right", no_wrap=True)
