@@ -20,7 +20,7 @@ from moe import MoEGPT2Config, MoEGPT2LMHeadModel
 from pipelines.config import TrialConfig
 from pipelines.data import TokenSplit
 from pipelines.model import Hardware, moe_config_of
-from pipelines.training import Trainer
+from pipelines.training import Trainer, batches
 
 _SEQUENCES_PER_EPOCH = 192  # half a second or so between two waits for the device
 _LEAST_STEPS = 8
@@ -78,12 +78,13 @@ class TrainStep:
     def park(self) -> None:
         """The weights stay: moving them would cost a second a time, and they are small beside a step's activations."""
         self.trainer.optimizer.state.clear()
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        self.trainer.drop_capture()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def unpark(self) -> None:
-        """The optimizer makes its state anew in the first step."""
+        """The optimizer makes its state anew in the first step; the graph is captured again."""
+        self.trainer.capture(next(batches(self.trainer.split, self.trainer.config, 0, self.device)))
 
 
 def _text(rows: int, length: int, vocab_size: int) -> TokenSplit:
