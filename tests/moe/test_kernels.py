@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from moe import MoEGPT2Config, MoEGPT2LMHeadModel, decoding, fused, generation
+from moe import MoEGPT2Config, MoEGPT2LMHeadModel, decoding, fused, gate, generation
 from moe.dispatch import Weights, loop
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,3 +155,28 @@ def test_decode_step_in_16_bits_over_float32_weights():
     want_BV = model(decoder.token_T[:, None], past_key_values=output.past_key_values, use_cache=True).logits[:, -1]
     assert generation._distance(decoder.logits_TV.float(), want_BV) < generation.TOLERANCE
     assert generation._distance(decoder.logits_TV.float(), want_BV.roll(1, 0)) > 10 * generation.TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "experts", "width"), [(1, 1, 64), (70, 8, 64), (600, 11, 192), (33, 64, 130)])
+def test_gate_equals_a_product_in_double(tokens, experts, width, dtype):
+    torch.manual_seed(0)
+    x_TD = torch.randn(tokens, width, device=DEVICE).to(dtype).requires_grad_()
+    weight_ED = torch.randn(experts, width, device=DEVICE, requires_grad=True)
+    dlogits_TE = torch.randn(tokens, experts, device=DEVICE)
+    logits_TE = gate._gate(x_TD, weight_ED)
+    got = [logits_TE, *torch.autograd.grad(logits_TE, (x_TD, weight_ED), dlogits_TE)]
+    wide = [t.detach().double().requires_grad_() for t in (x_TD, weight_ED)]
+    want_TE = wide[0] @ wide[1].T
+    want = [want_TE, *torch.autograd.grad(want_TE, wide, dlogits_TE.double())]
+    assert got[0].dtype == torch.float32
+    assert_near(got, want, 4e-3 if dtype == torch.bfloat16 else 5e-6)
+    assert_near([got[0], got[2]], [want[0], want[2]], 5e-6)
+    assert all(torch.equal(a, b) for a, b in zip(got, [gate._gate(x_TD, weight_ED), *got[1:]], strict=True))
+
+
+def test_written_out_sum_equals_the_product(monkeypatch):
+    dlogits_TE, weight_ED = torch.randn(9, 5), torch.randn(5, 64)
+    want_TD = gate._by_tokens(dlogits_TE, weight_ED)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(gate._by_tokens(dlogits_TE, weight_ED), want_TD)
