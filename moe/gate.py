@@ -20,7 +20,7 @@ except ImportError:  # no Triton
 
 MAX_EXPERTS = 64  # of the kernels; beyond that cuBLAS is as good
 UNROLLED_EXPERTS = 32  # terms of a sum that inductor writes into one kernel with what follows
-ROWS, GROUP_ROWS = 64, 512
+ROWS, GROUP_ROWS = 32, 256
 
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def _gate(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     logits_TE = torch.empty(T, E, dtype=torch.float32, device=x_TD.device)
     gate_kernels.gate_logits[(triton.cdiv(T, ROWS),)](
         x_TD, weight_ED.contiguous(), logits_TE, T, D, E,
-        ROWS=ROWS, EP=_padded(E), BK=128, PRECISION=_precision(), num_warps=4, num_stages=3,
+        ROWS=ROWS, EP=_padded(E), BK=128, PRECISION=_precision(), num_warps=4, num_stages=4,
     )  # fmt: skip
     return logits_TE
 
@@ -97,7 +97,8 @@ def _backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor, Tensor]:
 def _by_tokens(dlogits_TE: Tensor, weight_ED: Tensor) -> Tensor:
     """dlogits·weight. Compiled, a written-out sum joins the addition that follows; as a product it would be a kernel
     of its own, which writes and reads float32."""
-    if not torch.compiler.is_compiling() or weight_ED.shape[0] > UNROLLED_EXPERTS:
+    traced = torch.compiler.is_compiling() or type(dlogits_TE) is not Tensor
+    if not traced or weight_ED.shape[0] > UNROLLED_EXPERTS:
         return dlogits_TE @ weight_ED
     total_TD = dlogits_TE[:, :1] * weight_ED[0]
     for e in range(1, weight_ED.shape[0]):

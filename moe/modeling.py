@@ -166,16 +166,22 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        whole = position_ids is None and attention_mask is None and past_key_values is None
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        if whole and self.config._attn_implementation == "sdpa":
+            # transformers writes a mask out whenever it is being compiled (before torch 2.14), and with a mask the
+            # attention kernels compute both triangles; without one they take `is_causal`.
+            causal_mask = None
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         tokens = describe_tokens(inputs_embeds, input_ids, position_ids, attention_mask, token_mask)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         routings = []
