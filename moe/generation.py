@@ -27,6 +27,11 @@ CHECK_EVERY = 16  # steps between two looks at whether all sequences have ended
 _decoders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
+def drop_decoders(model: Any) -> None:
+    """Forget what was captured for a model."""
+    _decoders.pop(model, None)
+
+
 class GraphedGeneration(GenerationMixin):
     """The loop of ``generate``, replaced where a captured step serves; the results are those of the original."""
 

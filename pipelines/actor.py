@@ -60,7 +60,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
         row = json.dumps(dataclasses.asdict(record), default=_iso)
         if isinstance(record, EpochRecord):
             point = {"loss": record.eval_loss_nats, "joules": record.train_energy_j}
-            return {"epoch": record.epoch, "epoch_row": row, **point}
+            compiled_s = self.trial.code.seconds if self.trial.code is not None and not record.epoch else None
+            return {"epoch": record.epoch, "epoch_row": row, "compiled_s": compiled_s, **point}
         self._let_go()
         return {"epoch": record.epochs, "trial_row": row, "done": True}
 

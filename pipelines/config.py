@@ -17,7 +17,7 @@ NO_REGULARIZER = "none"
 DEFAULT_EXPERTS = 8
 PRICED_ROUTERS = frozenset({"energy", "opening", "piggyback"})
 # Keys that say where and how a trial runs, not which experiment it is.
-_NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads", "anytime", "checkpoint")
+_NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads", "anytime", "checkpoint", "prefill")
 ANYTIME_EPOCHS = 4
 
 
@@ -75,6 +75,7 @@ class TrialConfig(pydantic.BaseModel):
     test: bool = False
     # measurement
     checkpoint: bool = True
+    prefill: bool = True
     decode_batches: tuple[int, ...] = (8,)
     decode_prompt_tokens: int = pydantic.Field(64, ge=1)
     decode_new_tokens: int = pydantic.Field(64, ge=1)
@@ -131,7 +132,7 @@ class TrialConfig(pydantic.BaseModel):
         _expect(
             "decode_new_tokens",
             f"at most {room} (seq_len − decode_prompt_tokens)",
-            self.decode_new_tokens <= room,
+            self.decode_new_tokens <= room or not self.decode_batches,
             self.decode_new_tokens,
         )
         return self

@@ -99,7 +99,7 @@ def load_corpus(config: TrialConfig) -> Corpus:
             " (or --tokenizer embedded)"
         )
     tokenizer = _embedded_tokenizer() if tokenizer_key == EMBEDDED else _load_tokenizer(tokenizer_key)
-    key = _digest(_CACHE_VERSION, _source_key(config.data), tokenizer.to_str(), str(config.seq_len))
+    key = _digest(_CACHE_VERSION, source_key(config.data), tokenizer.to_str(), str(config.seq_len))
     path = cache_dir() / f"corpus-{key}.npz"
     if not path.exists():
         _write_atomically(path, _tokenise(_documents(config.data), tokenizer, config.seq_len))
@@ -144,7 +144,8 @@ def _read(path: Path, tokenizer: Tokenizer, config: TrialConfig) -> Corpus:
 # --- documents -------------------------------------------------------------------------------------
 
 
-def _source_key(data: str) -> str:
+def source_key(data: str) -> str:
+    """What tells whether the text behind `data` changed."""
     if data == EMBEDDED:
         import sys
 

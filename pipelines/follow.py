@@ -14,6 +14,7 @@ import ray
 from ray import tune
 
 from pipelines import recover
+from pipelines.background import Background
 from pipelines.budget import Budget
 from pipelines.config import TrialConfig
 from pipelines.faults import passing
@@ -45,8 +46,11 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         """Build clients here: Tune pickles callbacks before."""
         self.store, self.journal = Store(self.out), Journal(self.out, self.plan.sweep_id)
         self.tracker = Tracker.open(self.out, self.tracking_uri)
+        self.mirror = Background("MLflow")  # trials do not wait for it
         rules = {"search": self.plan.search, "scheduler": self.plan.scheduler}
-        self.tracker.start_sweep(self.plan.sweep_id, self.plan.space, question=self.plan.question, params=rules)
+        self.mirror.post(
+            self.tracker.start_sweep, self.plan.sweep_id, self.plan.space, question=self.plan.question, params=rules
+        )
         self.progress = Progress(self.plan.trials, expected=self.plan.samples if self.plan.is_adaptive else None)
         self.epochs: dict[str, list[EpochRecord]] = {}
         self.heard_s: dict[str, float] = {}
@@ -54,6 +58,11 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self.written: set[str] = set()  # trials that wrote their own row
         self.longest_s = 0.0
         self._renewed_s = 0.0
+
+    def close(self) -> None:
+        """Wait for MLflow to hold what was seen."""
+        if "mirror" in self.__dict__:
+            self.mirror.close()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that a trial began."""
@@ -77,7 +86,9 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
             record = EpochRecord(**json.loads(result.pop("epoch_row")))
             self.epochs.setdefault(record.trial_id, []).append(record)
             self.progress.epoch(record)
-            self.tracker.log_epoch(record)
+            self.mirror.post(self.tracker.log_epoch, record)
+            if result.get("compiled_s"):
+                self.progress.compiled(record.trial_id, result["compiled_s"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial that ended without a row of its own was stopped by the scheduler."""
@@ -139,7 +150,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self.budget.saw(record)
         self.progress.finished(record)
         where = self.store.path(PowerRecord, record.sweep_id, record.trial_id, record.attempt)
-        self.tracker.log_trial(record, self.epochs.pop(record.trial_id, []), where)
+        self.mirror.post(self.tracker.log_trial, record, self.epochs.pop(record.trial_id, []), where)
 
 
 def end_actor(trial: Any, journal: Journal, trial_id: str) -> None:

@@ -118,6 +118,11 @@ def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tupl
     """The model of a trial on its device, and the prices of each phase (None for the dense model). Those of training
     are on its routers."""
     torch.manual_seed(config.seed)
+    with hardware.device:  # built where it runs
+        return _build(config, corpus, hardware)
+
+
+def _build(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tuple[Any, dict[str, Prices] | None]:
     model = dense_model(config, corpus)
     prices = None
     if not config.is_dense:

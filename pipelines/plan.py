@@ -18,9 +18,9 @@ from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Unifo
 _DEFAULT_SAMPLES = 16
 
 
-SEARCHES = ("grid", "random", "tpe", "nsga2", "gp")
+SEARCHES = ("grid", "random", "tpe", "nsga2", "gp", "cost-aware")
 #: Searches whose later trials depend on the outcome of earlier ones.
-ADAPTIVE = ("tpe", "nsga2", "gp")
+ADAPTIVE = ("tpe", "nsga2", "gp", "cost-aware")
 SCHEDULERS = ("fifo", "pareto-asha")
 OBJECTIVES = ("train_energy_j", "eval_loss_nats")
 

@@ -65,6 +65,10 @@ class Progress:
             self.trials[trial_id] = TrialConfig.parse({k: v for k, v in values.items() if k != "trial_id"})
         self.done.setdefault(trial_id, 0)
 
+    def compiled(self, trial_id: str, seconds: float) -> None:
+        """The first trial of a shape in its process compiled it; the others of that shape find it ready."""
+        self._line(trial_id, f"[dim]compiled its shape in {clock(seconds)}[/dim]")
+
     def epoch(self, record: EpochRecord) -> None:
         """An epoch ended."""
         self.done[record.trial_id] = record.epoch

@@ -17,11 +17,14 @@ import optuna
 from ray import tune
 
 from pipelines.config import ConfigError, TrialConfig
+from pipelines.costaware import CostAwareStudy
+from pipelines.estimate import estimate
 from pipelines.plan import SweepPlan
 from pipelines.records import TrialRecord
 from pipelines.trial_rows import parse_row
 from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform
 
+_EPOCH_TOKENS = 1_000_000  # of an epoch that is not capped: the same for all trials of a space
 _TRIES = 20  # draws of an experiment that ran already before a new seed of it is taken
 
 
@@ -152,7 +155,9 @@ class StudySearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
         unfinished: trials of an earlier session that run first.
     """
 
-    def __init__(self, study: Study, common: Mapping[str, Any], unfinished: Iterable[TrialConfig], count: int) -> None:
+    def __init__(
+        self, study: Study | CostAwareStudy, common: Mapping[str, Any], unfinished: Iterable[TrialConfig], count: int
+    ) -> None:
         super().__init__()
         self.study, self.common, self.count = study, dict(common), count
         self._first = list(unfinished)
@@ -190,15 +195,24 @@ class StudySearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
         return {}
 
 
-def study_of(plan: SweepPlan, rows: Iterable[TrialRecord]) -> Study:
+def study_of(plan: SweepPlan, rows: Iterable[TrialRecord]) -> Study | CostAwareStudy:
     """The study of a plan, with what earlier sessions found."""
     space = plan.loaded_space()
     if not space.domains:
         raise ConfigError(f"search: expected a space with domains for {plan.search}, got fixed values only")
-    study = Study(space, plan.objectives, sampler_of(plan.search, plan.samples or 1))
+    study: Study | CostAwareStudy
+    if plan.search == "cost-aware":
+        study = CostAwareStudy(space, plan.objectives, modelled_training_j)
+    else:
+        study = Study(space, plan.objectives, sampler_of(plan.search, plan.samples or 1))
     for row in rows:
         study.remember(row)
     return study
+
+
+def modelled_training_j(config: TrialConfig) -> float:
+    """Joules of a trial's training by the analytic model, which needs no GPU: right up to a factor that is learnt."""
+    return estimate([config], gpu_name=None, epoch_tokens=_EPOCH_TOKENS).energy_j
 
 
 __all__ = ["Study", "StudySearch", "sampler_of", "study_of"]

@@ -157,8 +157,9 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     if work is None:
         return None
     began_s = time.monotonic()
+    follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s)
     try:
-        _tuner(plan, run, work, store, SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s)).fit()
+        _tuner(plan, run, work, store, follower).fit()
         stopped = "budget" if budget.reason else "interrupt"
         left = recover.write_missing(store, journal, ended_by=stopped)
         return budget.reason or ("interrupted" if left or _missing(plan, store) else None)
@@ -167,6 +168,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         return "interrupted"
     finally:
         journal.add_session(time.monotonic() - began_s, meter.read_j())
+        follower.close()
         prune_finals(journal, _front_members(store, plan.sweep_id))
 
 

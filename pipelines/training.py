@@ -89,12 +89,16 @@ def batches(split: TokenSplit, config: TrialConfig, epoch: int, device: torch.de
 
 
 class Trainer:
-    """Runs epochs of optimizer steps on a model. `step` counts over all epochs, for the schedule."""
+    """Runs epochs of optimizer steps on a model. `step` counts over all epochs, for the schedule; `forward` is the
+    model's compiled forward where there is one already."""
 
-    def __init__(self, model: Any, config: TrialConfig, hardware: Hardware, split: TokenSplit) -> None:
+    def __init__(
+        self, model: Any, config: TrialConfig, hardware: Hardware, split: TokenSplit, *, forward: Any = None
+    ) -> None:
         self.model, self.config, self.hardware, self.split = model, config, hardware, split
         self.optimizer = make_optimizer(model, config, hardware)
-        self.forward = torch.compile(model, fullgraph=True) if hardware.compile else model
+        compiled = torch.compile(model, fullgraph=True) if hardware.compile and forward is None else model
+        self.forward = compiled if forward is None else forward
         self.total_steps = self.per_epoch * config.epochs
         self.step = 0
         self.captured: CapturedBackward | None = None

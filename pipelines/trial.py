@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from hwcost import EnergyMonitor, Measurement
+from pipelines import warm
 from pipelines.absorption import absorption
 from pipelines.checkpoints import Checkpoint, Checkpoints, restore
 from pipelines.config import TrialConfig
-from pipelines.data import load_corpus
 from pipelines.evaluation import (
     Evaluation,
     PhaseEnergy,
@@ -85,6 +85,7 @@ class Trial:
         self.epoch = 0
         self.record: TrialRecord | None = None
         self.evaluation: Evaluation | None = None
+        self.code: warm.Compiled | None = None
         self._measured: dict[str, Any] = {}
 
     @property
@@ -114,12 +115,15 @@ class Trial:
             )
             if self.config.threads and self.hardware.device.type == "cpu":
                 torch.set_num_threads(self.config.threads)
-            self.corpus = load_corpus(self.config)
+            self.corpus = warm.corpus_of(self.config)
             self.validation, self.test = evaluation_splits(self.corpus, self.config)
-            self.model, self.prices = build_model(self.config, self.corpus, self.hardware)
+            model, self.prices = build_model(self.config, self.corpus, self.hardware)
+            self.code = warm.compiled(model, self.config, self.hardware)
+            self.model = self.code.module
             train = self.corpus.splits["train"].first(self.config.max_train_tokens)
-            self.trainer = Trainer(self.model, self.config, self.hardware, train)
-            self.trainer.warm_up()
+            self.trainer = Trainer(self.model, self.config, self.hardware, train, forward=self.code.forward)
+            with warm.compiling(self.code):
+                self.trainer.warm_up()
         checkpoint = self._checkpoint()
         return self._evaluated(None) if checkpoint is None else self._continue(checkpoint)
 
@@ -185,13 +189,17 @@ class Trial:
     def fail(self, error: BaseException) -> TrialRecord:
         """Close what is open and write a FAILED row with its reason."""
         self.ledger.close()
+        if self.code is not None and self.code.shape:
+            warm.forget()  # the error may have come from the compiled code
         return self._write("FAILED", {"error": one_line(error)})
 
     def release(self) -> None:
         """Drop the model and its memory, so that an actor can be reused."""
         self.model = None
         self.__dict__.pop("trainer", None)
-        torch._dynamo.reset()  # code compiled for this model: after eight models in one process no more is compiled
+        if self.code is not None:
+            warm.release(self.code)
+            self.code = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -236,9 +244,10 @@ class Trial:
             if self.test is not None:
                 loss = evaluate(self.model, self.test, self.config, self.hardware).loss_nats
                 self._measured["test_loss_nats"] = loss
-            self._price("prefill")
-            prefill = measure_prefill(self.model, self.validation, self.config, self.hardware, self.monitor)
-            self._measured["prefill_j_per_token"] = prefill.j_per_token
+            if self.config.prefill:
+                self._price("prefill")
+                prefill = measure_prefill(self.model, self.validation, self.config, self.hardware, self.monitor)
+                self._measured["prefill_j_per_token"] = prefill.j_per_token
             self._price("decode")
             for batch in self.config.decode_batches:
                 phase = measure_decode(self.model, self.validation, batch, self.config, self.hardware, self.monitor)
