@@ -89,7 +89,7 @@ class TrialRecord:
     branches_energy_j: float | None = column("decay branches of an anytime trial: the points of other epoch counts", unit="J", null="no branches")
     total_energy_j: float | None = column("setup + train + eval + branches + idle + lost, over all attempts up to this one", unit="J", null="not measurable")
     train_j_per_token: float | None = column("train_energy_j / tokens_trained", unit="J/token", null="not measurable")
-    anchor_j_per_token: float | None = column("joules per token of the anchor workload on this board: boards of one model are compared by it", unit="J/token", null="not measured")
+    anchor_j_per_token: float | None = column("joules per token of the anchor workload on this board as the session began (`anchors` has all readings)", unit="J/token", null="not measured")
     prefill_j_per_token: float | None = column("prefill, per prompt token", unit="J/token", null="not measured")
     decode_j_per_token: float | None = column("decode at decode_batch, per generated token", unit="J/token", null="not measured")
     decode_batch: int | None = column("batch of decode_j_per_token", unit="sequences", null="not measured")
@@ -252,6 +252,36 @@ class AdaptRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorRecord:
+    """One row per reading of the anchor workload (a fixed compiled step) on a board, at both ends of a sweep's session."""
+
+    TABLE: ClassVar[str] = "anchors"
+
+    sweep_id: str = column("sweep that the board served")
+    trial_id: str = column("the board: its GPU UUID, or the host's name where no GPU was measured")
+    attempt: int = column("reading of this board, 0 first")
+    session: str = column("session of the sweep (a resume is another one)")
+    position: str = column("start or end of the session")
+    skipped: str | None = column("why nothing was measured", null="it was measured")
+    gpu_uuid: str | None = column("device UUID", null="no GPU")
+    gpu_name: str | None = column("device model", null="no GPU")
+    power_limit_w: float | None = column("enforced power limit", unit="W", null="not readable")
+    host: str = column("host name")
+    workload: str | None = column("version of the anchor and of torch; only readings of one workload compare", null="not measured")
+    energy_source: str | None = column("counter or integrated", null="nothing measured")
+    j_per_token: float | None = column("joules per token of the anchor", unit="J/token", null="not measured")
+    j_per_token_uncertainty: float | None = column("standard uncertainty of j_per_token", unit="J/token", null="not known")
+    s_per_step: float | None = column("time of an anchor step", unit="s", null="not measured")
+    steps: int | None = column("steps of the reading", null="not measured")
+    mean_power_w: float | None = column("mean power of the reading", unit="W", null="not measurable")
+    mean_temperature_c: float | None = column("mean temperature of the reading", unit="°C", null="not readable")
+    energy_j: float | None = column("joules of the whole reading: build, warm-up, window; part of the sweep's joules, of no trial's", unit="J", null="not measured")
+    shared: bool | None = column("another process used the board: the reading corrects nothing", null="not known")
+    flags: list[str] | None = column("what the monitor found wrong", null="not measured")
+    started_at: dt.datetime = column("wall-clock start: a label")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerRecord:
     """The power trace of a trial: timestamped samples of its devices."""
 
@@ -274,9 +304,9 @@ class PowerRecord:
 # fmt: on
 
 
-Record = TrialRecord | PointRecord | EpochRecord | AdaptRecord | PowerRecord
+Record = TrialRecord | PointRecord | EpochRecord | AdaptRecord | PowerRecord | AnchorRecord
 TABLES: dict[str, type[Record]] = {
-    cls.TABLE: cls for cls in (TrialRecord, PointRecord, EpochRecord, AdaptRecord, PowerRecord)
+    cls.TABLE: cls for cls in (TrialRecord, PointRecord, EpochRecord, AdaptRecord, PowerRecord, AnchorRecord)
 }
 
 #: Text that hardly repeats: not worth a dictionary.

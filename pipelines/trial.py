@@ -11,7 +11,7 @@ import datetime as dt
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -62,6 +62,7 @@ class Trial:
     Args:
         carry: what earlier attempts spent (`recover.carried`); nothing where this is the first.
         keeper: writes the attempt's heartbeats.
+        board: columns that say more of the board.
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class Trial:
         journal: Journal | None = None,
         spent_j: float | None = 0.0,
         keeper: Keeper | None = None,
+        board: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.key, self.store, self.monitor = config, key, store, monitor
         self.checkpoints = Checkpoints(journal, key.trial_id) if journal is not None and config.checkpoint else None
         self.ledger = Ledger(monitor, keeper=keeper, name=key.name)
         self.ledger.carry = Carry().losing_up_to(spent_j)
-        self._spent_j = spent_j
+        self._spent_j, self._board = spent_j, dict(board or {})
         self.started_at = dt.datetime.now(dt.UTC)
         self._origin_s = time.monotonic()
         self.epochs: list[EpochRecord] = []
@@ -289,6 +291,7 @@ class Trial:
             **config_columns(self.config),
             **host_columns(),
             **device_columns(self.monitor, getattr(self, "hardware", None)),
+            **self._board,
             **energy,
             **({"ended_by": "itself"} | outcome),
         )
