@@ -300,6 +300,7 @@ class PowerRecord:
     sm_utilization: float | None = column("share of time the multiprocessors were busy", null="not readable")
     memory_utilization: float | None = column("share of time the memory was busy", null="not readable")
     sm_clock_mhz: float | None = column("multiprocessor clock", unit="MHz", null="not readable")
+    memory_clock_mhz: float | None = column("memory clock", unit="MHz", null="not readable, or written by an older version")
     throttle_reasons: int | None = column("NVML bit mask of clock event reasons", null="not readable")
 # fmt: on
 

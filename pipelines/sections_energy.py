@@ -63,15 +63,29 @@ def phases_section(results: Results) -> Section | None:
             row["trial_id"],
             *(energy_cell(row, column) for _, column in PHASES),
             energy_cell(row, "total_energy_j"),
-            "–" if row["modelled_train_energy_j"] is None else f"{number(row['modelled_train_energy_j'])} modelled",
+            _modelled(row),
             row["energy_source"] or "–",
         )
         for row in rows
     )
     sheet = Sheet(caption="Joules by phase", head=head, rows=body, keys=tuple(keys_of(row) for row in rows))
     hidden = f" {len(rows) - BARS} dearer trials are in the table only." if len(rows) > BARS else ""
-    text = f"The whole sweep took {_by_source(rows)}: {shares}.{hidden}"
+    text = f"The trials took {_by_source(rows)}: {shares}.{hidden}{_anchor_words(results)}"
     return Section(id="phases", title="Where the joules went", text=(text,), figures=(figure,), sheets=(sheet,))
+
+
+def _modelled(row: dict[str, Any]) -> str:
+    """What the cost model says of a trial's training, and how far off it was where the joules were measured."""
+    modelled_j, measured_j = row["modelled_train_energy_j"], row["train_energy_j"]
+    if modelled_j is None:
+        return "–"
+    off = f" ({modelled_j / measured_j - 1:+.1%})" if measured_j and not is_modelled(row) else ""
+    return f"{number(modelled_j)} modelled{off}"
+
+
+def _anchor_words(results: Results) -> str:
+    spent_j = sum(row["energy_j"] or 0.0 for row in results.anchors)
+    return f" The anchor workload took {number(spent_j)} J beside them." if spent_j else ""
 
 
 def _by_source(rows: Sequence[dict[str, Any]]) -> str:
