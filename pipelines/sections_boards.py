@@ -105,4 +105,4 @@ def _number(value: float | None, factor: float, form: str) -> str:
 
 
 def _short(uuid: str) -> str:
-    return uuid[:12]
+    return f"board {uuid.removeprefix('GPU-')[:8]}"

@@ -23,35 +23,11 @@ from pipelines.report import write_report
 from pipelines.results import load
 from pipelines.sections_boards import boards_section, unmeasured
 from tests.pipelines import synthetic
+from tests.pipelines.synthetic import START
+from tests.pipelines.synthetic import anchor as reading
+from tests.pipelines.synthetic import write_anchors as write
 from tests.pipelines.test_faults import SWEEP, last_rows, run, space_of
 from tune_spaces import SpaceError, parse_space
-
-START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-
-
-def reading(board: str, position: str, joules: float | None, **changes: Any) -> AnchorRecord:
-    values: dict[str, Any] = {
-        "sweep_id": synthetic.SWEEP,
-        "trial_id": board,
-        "attempt": 0 if position == "start" else 1,
-        "session": "s1",
-        "position": position,
-        "gpu_uuid": board,
-        "gpu_name": "Synthetic GPU",
-        "host": "localhost",
-        "workload": "anchor 2, torch 2",
-        "energy_source": "counter",
-        "j_per_token": joules,
-        "energy_j": 8000.0,
-        "shared": False,
-        "started_at": START,
-    }
-    return AnchorRecord(**{**values, **changes})
-
-
-def write(store: Store, *rows: AnchorRecord) -> None:
-    for row in rows:
-        store.write(AnchorRecord, [row], sweep_id=row.sweep_id, trial_id=row.trial_id, attempt=row.attempt)
 
 
 def monitor(source: str | None, uuid: str | None = "GPU-a") -> Any:
