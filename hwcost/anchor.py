@@ -36,15 +36,23 @@ class Monitor(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnchorReading:
-    """Joules and seconds of one anchor step; None where they could not be measured."""
+    """Joules and seconds of one anchor step; None where they could not be measured.
+
+    `energy_j` is what the whole reading took: build, warm-up and window. `workload` is equal where readings compare.
+    """
 
     version: int
+    workload: str
+    energy_j: float | None
     j_per_step: float | None
     j_per_token: float | None
+    j_per_token_uncertainty: float | None
     s_per_step: float
     mean_power_w: float | None
     mean_temperature_c: float | None
     steps: int
+    shared: bool | None = None
+    flags: tuple[str, ...] = ()
 
 
 class _Block(nn.Module):
@@ -109,18 +117,23 @@ def measure_anchor(
     monitor: Monitor, device: torch.device, *, seconds: float = 10.0, warmup_s: float = 2.0
 ) -> AnchorReading:
     """Run the anchor for `seconds` in a window named `anchor`, after a warm-up."""
-    step = AnchorStep({}, device)
-    repeat_for(step.run, warmup_s, device)
-    with monitor.window("anchor") as window:
-        steps, duration_s = repeat_for(step.run, seconds, device)
-    got = window.measurement
-    j_per_step = None if got.energy_j is None else got.energy_j / steps
+    with monitor.window("anchor_whole") as whole:
+        step = AnchorStep({}, device)
+        repeat_for(step.run, warmup_s, device)
+        with monitor.window("anchor") as window:
+            steps, duration_s = repeat_for(step.run, seconds, device)
+    got, tokens = window.measurement, steps * step.tokens
     return AnchorReading(
         version=ANCHOR_VERSION,
-        j_per_step=j_per_step,
-        j_per_token=None if j_per_step is None else j_per_step / step.tokens,
+        workload=f"anchor {ANCHOR_VERSION}, torch {torch.__version__.partition('+')[0]}, {device.type}",
+        energy_j=whole.measurement.energy_j,
+        j_per_step=None if got.energy_j is None else got.energy_j / steps,
+        j_per_token=None if got.energy_j is None else got.energy_j / tokens,
+        j_per_token_uncertainty=None if got.uncertainty_j is None else got.uncertainty_j / tokens,
         s_per_step=duration_s / steps,
         mean_power_w=got.mean_power_w,
         mean_temperature_c=got.mean_temperature_c,
         steps=steps,
+        shared=got.shared,
+        flags=got.flags,
     )

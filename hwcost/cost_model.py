@@ -129,9 +129,9 @@ class CostModel:
     def get_cost(
         self,
         op_type: str,
-        *,
         batch_size: float,
         seq_len: float,
+        *,
         shape: ModelShape | None = None,
         phase: str = "train",
         current_temp: float | None = None,
@@ -172,9 +172,9 @@ class CostModel:
     def get_cost_breakdown(
         self,
         op_type: str,
-        *,
         batch_size: float,
         seq_len: float,
+        *,
         shape: ModelShape | None = None,
         phase: str = "train",
         conditions: Conditions | None = None,

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from hwcost import CostModel
-from hwcost.ops import ModelShape
 from moe import ROUTERS, MoEGPT2Config, upcycle
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
 from pipelines.data import Corpus
@@ -161,33 +160,6 @@ def moe_config_of(config: TrialConfig, dense: Any) -> MoEGPT2Config:
 def expert_width(factor: float, inner: int) -> int:
     """Neurons of an expert, a multiple of 8 (grouped GEMM rows are multiples of 16 bytes); 0 stays 0."""
     return 0 if factor == 0 else max(8, round(factor * inner / 8) * 8)
-
-
-def modelled_step_j(
-    config: TrialConfig, model: Any, hardware: Hardware, mean_selected_width: float | None
-) -> float | None:
-    """Joules of one training step as the cost model of this GPU predicts them; None on a CPU."""
-    if hardware.gpu_name is None:
-        return None
-    widths = () if config.is_dense else tuple(model.config.expert_widths)
-    top_k = config.top_k
-    if mean_selected_width is not None and widths:  # what was routed, not what could have been
-        widths = (round(mean_selected_width / top_k),) * len(widths)
-    shape = ModelShape(
-        d_model=model.config.n_embd,
-        num_layers=model.config.n_layer,
-        num_heads=model.config.n_head,
-        vocab_size=model.config.vocab_size,
-        expert_widths=widths,
-        top_k=top_k,
-        moe_layers=None if config.moe_layers is None else len(config.moe_layers),
-        dtype="fp32" if hardware.dtype == "fp32" else "bf16",
-    )
-    cost_model = CostModel.for_device(hardware.gpu_name, hardware.power_limit_w)
-    cost = cost_model.get_cost(
-        "train_step", batch_size=config.batch_size, seq_len=config.seq_len, shape=shape, extrapolate=True
-    )
-    return cost.energy_j
 
 
 def prices_of(config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> dict[str, Prices]:
