@@ -58,7 +58,8 @@ def no_host_synchronisation(router: str) -> None:
     stats = RoutingStats(model.config.expert_widths)
     for attempt in range(2):  # the first may build kernels
         with no_synchronisation() if attempt else torch.enable_grad():
-            output = model(ids, attention_mask=mask, labels=ids, output_routing=True)
+            # transformers looks at the values of an attention_mask; padding alone is told by token_mask.
+            output = model(ids, token_mask=mask, labels=ids, output_routing=True)
             output.loss.backward()
             model.after_step()
             stats.update(output.routing)

@@ -166,7 +166,7 @@ def check_case(name: str, tokens: int, k: int, widths: list[int], dtype: torch.d
     y = fused.fused_experts(x_TD, slot_TK, weight_TK, *weights[:4], widths)[0]
     grads = torch.autograd.grad(y, inputs, dy_TD)
     errors = [error(a, b) for a, b in zip([y, *grads], [y64, *g64], strict=True)]
-    if tokens <= 64:
+    if tokens <= fused.MAX_TOKENS:
         with torch.no_grad():
             errors.append(error(fused.decode_experts(x_TD, slot_TK, weight_TK, *weights[:4], widths), y64))
     again = fused.fused_experts(x_TD, slot_TK, weight_TK, *weights[:4], widths)[0]
@@ -183,6 +183,7 @@ def check() -> bool:
     cases = [
         ("decode 32", 32, 2, [FFN] * 8, torch.bfloat16, 0.0),
         ("decode 7 dropped", 7, 2, [FFN] * 8, torch.bfloat16, 0.5),
+        ("decode 128", 128, 2, [FFN] * 8, torch.bfloat16, 0.1),
         ("decode fp32", 5, 2, [256] * 4, torch.float32, 0.0),
         ("train K2", 2048, 2, [FFN] * 8, torch.bfloat16, 0.0),
         ("train K1 dropped", 3001, 1, [FFN] * 8, torch.bfloat16, 0.3),

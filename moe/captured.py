@@ -31,6 +31,7 @@ class CapturedBackward:
         self, backward: Callable[[Tensor], Tensor], parameters: Iterable[torch.nn.Parameter], example_BS: Tensor
     ) -> None:
         parameters = list(parameters)
+        self._backward = backward  # the graph reads what the model owns, buffers too: it must not be let go of
         self._batch_BS = example_BS.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

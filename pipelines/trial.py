@@ -210,7 +210,9 @@ class Trial:
     def release(self) -> None:
         """Drop the model and its memory, so that an actor can be reused."""
         self.model = None
-        self.__dict__.pop("trainer", None)
+        trainer = self.__dict__.pop("trainer", None)
+        if trainer is not None:
+            trainer.drop_capture()
         if self.code is not None:
             warm.release(self.code)
             self.code = None

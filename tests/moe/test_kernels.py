@@ -96,15 +96,15 @@ DECODING = {
 }
 
 
-@pytest.mark.parametrize("name", DECODING)
-def test_decode_step_equals_transformers_loop(name, monkeypatch):
+@pytest.mark.parametrize(("name", "batch"), [*((name, 3) for name in DECODING), ("topk", 70)])
+def test_decode_step_equals_transformers_loop(name, batch, monkeypatch):
     torch.manual_seed(0)
     config = MoEGPT2Config(
         n_layer=2, n_embd=64, n_head=2, vocab_size=200, n_positions=64, eos_token_id=None, bos_token_id=None,
         initializer_range=0.3, **DECODING[name],
     )  # fmt: skip
     model = MoEGPT2LMHeadModel(config).to(DEVICE).eval()
-    ids_BS = torch.randint(200, (3, 5), device=DEVICE)
+    ids_BS = torch.randint(200, (batch, 5), device=DEVICE)
     mask_BS = torch.ones_like(ids_BS)
     mask_BS[0, :2] = mask_BS[2, :1] = 0
     with monkeypatch.context() as patch:
@@ -113,7 +113,7 @@ def test_decode_step_equals_transformers_loop(name, monkeypatch):
     with torch.no_grad():
         position_BS = (mask_BS.cumsum(1) - 1).clamp_min(0)
         output = model(ids_BS, attention_mask=mask_BS, position_ids=position_BS, use_cache=True)
-        decoder = decoding.Decoder(model, 3, 64, (), torch.float32, graph=DEVICE == "cuda")
+        decoder = decoding.Decoder(model, batch, 64, (), torch.float32, graph=DEVICE == "cuda")
         decoder.prepare(False)
         decoder.start(output.past_key_values, ids_BS, mask_BS, 7)
         decoder.append(output.logits[:, -1].argmax(-1))
