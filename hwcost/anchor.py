@@ -19,7 +19,8 @@ from hwcost.probes import dtype_of, repeat_for
 
 # Readings of different days are compared, so a change is a new version. Version 1 had 16 rows: at 8 ms a step a busy
 # host could hold it up (+18 % time, +12 % joules beside another job); with 64 rows the host has four times as long.
-ANCHOR_VERSION = 2
+# Version 3: the input has a gradient too, so that all four blocks run one compiled graph.
+ANCHOR_VERSION = 3
 _ROWS, _LENGTH, _WIDTH, _HEADS, _REPEATS = 64, 1024, 768, 12, 4
 
 
@@ -85,9 +86,8 @@ class AnchorStep:
             torch.manual_seed(0)
             width = _WIDTH // shrink
             self.block = _Block(width, max(1, _HEADS // shrink)).to(device=device, dtype=dtype_of(device))
-            self.x_BSD = torch.randn(_ROWS // shrink, _LENGTH // shrink, width).to(
-                device=device, dtype=dtype_of(device)
-            )
+            x_BSD = torch.randn(_ROWS // shrink, _LENGTH // shrink, width)
+        self.x_BSD = x_BSD.to(device=device, dtype=dtype_of(device)).requires_grad_()
         self._forward = torch.compile(self.block, fullgraph=True) if device.type == "cuda" else self.block
         self.run()
 
@@ -104,6 +104,7 @@ class AnchorStep:
             x_BSD = self._forward(x_BSD)
         x_BSD.square().mean().backward()  # type: ignore[no-untyped-call]
         self.block.zero_grad(set_to_none=True)
+        self.x_BSD.grad = None
         return 1
 
     def park(self) -> None:
@@ -114,9 +115,13 @@ class AnchorStep:
 
 
 def measure_anchor(
-    monitor: Monitor, device: torch.device, *, seconds: float = 10.0, warmup_s: float = 2.0
+    monitor: Monitor, device: torch.device, *, seconds: float = 10.0, warmup_s: float = 4.0
 ) -> AnchorReading:
-    """Run the anchor for `seconds` in a window named `anchor`, after a warm-up."""
+    """Run the anchor for `seconds` in a window named `anchor`, after a warm-up.
+
+    A board that stood idle draws 1-2 % less in its first seconds of load, which the warm-up keeps from looking like
+    drift.
+    """
     with monitor.window("anchor_whole") as whole:
         step = AnchorStep({}, device)
         repeat_for(step.run, warmup_s, device)

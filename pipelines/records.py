@@ -23,7 +23,8 @@ from pipelines import parquet
 
 #: 1: the first. 2: `trials` gained `anchor_j_per_token` (null in older files).
 #: 3: `trials` gained `ended_by` and `branches_energy_j` (null in older files).
-SCHEMA_VERSION = 3
+#: 4: `power` gained `memory_clock_mhz` (null in older files); the table `anchors`.
+SCHEMA_VERSION = 4
 
 
 def column(meaning: str, *, unit: str = "", null: str = "") -> Any:
