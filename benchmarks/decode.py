@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--batch 32] [--profile]
 
-DistilGPT2, 6 MoE layers of 8 experts, bf16, batch 32 (by default), K 2, a 64-token prompt, 128 new tokens. The step time is the
+DistilGPT2, 6 MoE layers of 8 experts, bf16, K 2, a 64-token prompt, 128 new tokens. The step time is the
 difference of a long and a short generation over the difference of their lengths, so the prompt drops out; the whole
 call over all new tokens stands beside it. Joules per token are of the whole call.
 """
