@@ -237,6 +237,8 @@ def moasha(table: Table, python: str, repetitions: int) -> list[float]:
         "axes": table.axes,
         "members": [{"settings": m.settings, "curve": m.curve} for m in table.members],
         "repetitions": repetitions,
+        "reference": table.reference_M.tolist(),
+        "goal": table.goal * (1 - 1e-9),
     }
     script = Path(__file__).with_name("moasha_replay.py")
     answer = subprocess.run(
