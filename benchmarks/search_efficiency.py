@@ -20,7 +20,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -231,12 +231,14 @@ def replay(member: Member, rungs: Rungs | None) -> tuple[float, bool]:
     return member.joules, True
 
 
-def moasha(table: Table, python: str, repetitions: int) -> list[float]:
+def moasha(table: Table, python: str, seeds: Sequence[int]) -> list[float]:
     """Syne Tune's MOASHA by another interpreter: it says which members it ran and how far, we count."""
     document = {
         "axes": table.axes,
         "members": [{"settings": m.settings, "curve": m.curve} for m in table.members],
-        "repetitions": repetitions,
+        "seeds": list(seeds),
+        "reference": table.reference_M.tolist(),
+        "goal": table.goal * (1 - 1e-9),
     }
     script = Path(__file__).with_name("moasha_replay.py")
     answer = subprocess.run(
@@ -285,7 +287,10 @@ def main() -> None:
             found[search] = list(pool.map(partial(spent_until, table, search), seeds))
             show(search, found[search])
     if arguments.moasha_python:
-        found[MOASHA] = moasha(table, arguments.moasha_python, arguments.repetitions)
+        lots = [range(n, arguments.repetitions, arguments.processes) for n in range(arguments.processes)]
+        with ThreadPoolExecutor(arguments.processes) as threads:
+            parts = threads.map(partial(moasha, table, arguments.moasha_python), [lot for lot in lots if lot])
+            found[MOASHA] = [share for part in parts for share in part]
         show(MOASHA, found[MOASHA])
     judge(found)
     if arguments.json:
