@@ -42,7 +42,7 @@ def make_optimizer(model: Any, config: TrialConfig, hardware: Hardware) -> torch
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = hardware.device.type == "cuda"
+    fused = hardware.device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=fused)
 
 
