@@ -73,20 +73,17 @@ VARIANTS = {
 
 
 def build(name: str, make, ids_BS: torch.Tensor, **options: object) -> Case | None:
-    """A warm step; prints its start-up time and peak memory."""
+    """A warm step; prints its start-up time and peak memory (a graph takes all of its own when it is captured)."""
     gc.collect()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     try:
         case = training_step(make(), ids_BS, **options)
         case()
         synchronize()
         started_s = time.perf_counter() - start
-        case()
-        torch.cuda.reset_peak_memory_stats()
-        case()
-        synchronize()
     except Exception:
         print(f"{name} left out:")
         traceback.print_exc(limit=-4)

@@ -19,6 +19,7 @@ from hwcost.ops import ModelShape
 from hwcost.points import step_shape
 from hwcost.probes import BUILDERS, Builder, Workload
 from moe import MoEGPT2Config, MoEGPT2LMHeadModel, generation
+from moe.dense import without_experts
 from pipelines.config import TrialConfig
 from pipelines.data import TokenSplit
 from pipelines.model import Hardware, moe_config_of
@@ -116,9 +117,7 @@ def _trial_config(shape: ModelShape, batch: int, length: int) -> TrialConfig:
 
 def _model(config: TrialConfig, dense: transformers.GPT2Config) -> Any:
     if config.is_dense:
-        model = transformers.GPT2LMHeadModel(dense)
-        model.loss_type = "ForCausalLM"  # the class name says nothing to transformers, and its warning breaks the graph
-        return model
+        return without_experts(transformers.GPT2LMHeadModel(dense))
     return MoEGPT2LMHeadModel(moe_config_of(config, dense))
 
 

@@ -14,6 +14,7 @@ import transformers
 
 from hwcost import CostModel
 from moe import ROUTERS, MoEGPT2Config, upcycle
+from moe.dense import without_experts
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
 from pipelines.data import Corpus
 from pipelines.hub import OFFLINE_OPTIONS, first_line, prepare_hub
@@ -72,7 +73,7 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
             eos_token_id=corpus.end_id,
             **_dropouts(config),
         )
-        return _compilable(transformers.GPT2LMHeadModel(shape))
+        return transformers.GPT2LMHeadModel(shape)
     if not os.path.isdir(config.base):
         if config.base.startswith((".", "/", "~")):
             raise ConfigError(f"base: expected a checkpoint folder, got {config.base!r}, which does not exist")
@@ -101,12 +102,6 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
         raise ConfigError(
             f"tokenizer: expected at most {vocabulary} tokens, as {config.base} has, got {corpus.vocab_size}"
         )
-    return _compilable(dense)
-
-
-def _compilable(dense: Any) -> Any:
-    """Name the loss on the model: without it GPT-2 warns inside its forward, which breaks a compiled graph."""
-    dense.loss_type = "ForCausalLM"
     return dense
 
 
@@ -127,7 +122,9 @@ def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tupl
 def _build(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tuple[Any, dict[str, Prices] | None]:
     model = dense_model(config, corpus)
     prices = None
-    if not config.is_dense:
+    if config.is_dense:
+        model = without_experts(model)
+    else:
         moe_config = moe_config_of(config, model.config)
         model = upcycle(model, moe_config, noise=config.upcycle_noise, seed=config.seed)
         prices = prices_of(config, moe_config, hardware)
