@@ -94,7 +94,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
 
     def _watch(self, config: dict[str, Any], journal: Journal) -> None:
         if self.monitor is None:
-            self.monitor = trial_monitor(cpu_parallel=config["parallel"])
+            self.monitor = trial_monitor(cpu_parallel=config["parallel"], device=config["trial"].get("device", "auto"))
             path = journal.beat_path(self._beats)
             self.keeper = keeper_of(self.monitor, path, config.get("session", ""))
 

@@ -17,8 +17,13 @@ PHASES = (SETUP, TRAIN, EVAL, BRANCH)
 _SPAN = "trial"
 
 
-def trial_monitor(*, cpu_parallel: int = 1) -> EnergyMonitor:
-    """A monitor of the one device that a trial in this process uses; idle watts from its profile if it has one."""
+def trial_monitor(*, cpu_parallel: int = 1, device: str = "auto") -> EnergyMonitor:
+    """A monitor of the one device that a trial in this process uses; idle watts from its profile if it has one.
+
+    `device` is what the trial asks for: with `cpu` the GPUs of this host do not do its work.
+    """
+    if device == "cpu":
+        return EnergyMonitor.for_assigned_devices(cpu_parallel=cpu_parallel, torch_device="cpu")
     if not torch.cuda.is_available():
         return EnergyMonitor.for_assigned_devices(cpu_parallel=cpu_parallel)
     profile = CostModel.for_device(torch.cuda.get_device_name(0))

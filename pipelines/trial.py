@@ -426,7 +426,7 @@ def run_trial(
     An error becomes a FAILED record with its reason. `keep` writes checkpoints and the trained model too.
     """
     key = TrialKey(sweep_id=sweep_id, trial_id=config.trial_id, attempt=attempt)
-    with monitor or trial_monitor() as own:
+    with monitor or trial_monitor(device=config.device) as own:
         journal = Journal(os.fspath(out), sweep_id) if keep else None
         trial = Trial(config, key, Store(out), own, journal=journal)
         while isinstance(record := trial.advance(), EpochRecord):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hwcost import EnergyMonitor
-from pipelines import heartbeat, recover
+from pipelines import heartbeat, ledger, recover
 from pipelines.budget import Budget, stalls
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.data import load_corpus
@@ -237,3 +237,14 @@ def test_budgets_name_their_reason(tiny: dict[str, Any]) -> None:
     assert late.stop_all()
     known = [synthetic(f"t{i}", train_energy_j=10.0 + i, eval_loss_nats=3.0) for i in range(6)]
     assert Budget(plan_sweep(space, stall=3), lambda: None, known).stop_all()
+
+
+def test_a_trial_on_the_cpu_of_a_gpu_host_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU of its own it would find none, and have no joules at all."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(ledger.EnergyMonitor, "for_assigned_devices", lambda **how: asked.append(how["torch_device"]))
+    ledger.trial_monitor(device="cpu")
+    ledger.trial_monitor()
+    assert asked == ["cpu", "cuda:0"]
