@@ -250,11 +250,11 @@ class Decoder:
             self.x_TD, norm.weight, norm.bias, router.gate.weight, router.offset_E, router.bias_E, router.join_E,
             router.energy_lambda, router.temperature, _slots(experts.slot_of_expert, self.x_TD.device),
             self.normed_TD, self.slot_TK, self.weight_TK, self.score_TE, self.select_TE, self.config.n_embd, E,
-            norm.eps, SCORES=router.opens, K=router.top_k, KP=triton.next_power_of_2(router.top_k),
+            norm.eps, SCORES=_chooses_sets(router), K=router.top_k, KP=triton.next_power_of_2(router.top_k),
             PRICED=router.priced, BALANCED=router.balanced, NORMALIZED=router.mixing == "normalized",
             BE=BE, COLS=self.columns, BK=at_once,
         )  # fmt: skip
-        if router.opens:
+        if _chooses_sets(router):
             self._open(router, experts, BE)
 
     def _open(self, router: Router, experts: Experts, BE: int) -> None:
@@ -293,7 +293,13 @@ def _has_kernel(router: Router) -> bool:
     """Whether the router's choice is computed by kernels of its own."""
     if router.keep_first:
         return False
-    return type(router) in FUSED_ROUTERS or (type(router) in OPENING_ROUTERS and router.num_experts <= EXACT_EXPERTS)
+    if type(router) in OPENING_ROUTERS:
+        return router.num_experts <= EXACT_EXPERTS or not _chooses_sets(router)
+    return type(router) in FUSED_ROUTERS
+
+
+def _chooses_sets(router: Router) -> bool:
+    return type(router) is PiggybackRouter or (type(router) is OpeningRouter and router.active)
 
 
 def _pointers(model: Any) -> tuple[int, ...]:
