@@ -42,6 +42,7 @@ STEPS = 48
 def with_router(model: Any, name: str, top_k: int, energy_lambda: float) -> None:
     """Replace the routers, gates and prices kept."""
     model.config.router, model.config.num_experts_per_tok = name, top_k
+    generation._decoders.pop(model, None)  # what was captured with the routers before
     for layer, block in enumerate(model.transformer.moe_blocks):
         old = block.mlp.router
         new = ROUTERS[name](model.config, layer).to(old.gate.weight.device, old.gate.weight.dtype)
