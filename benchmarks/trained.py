@@ -108,6 +108,7 @@ def trained(
     """A model trained for so many seconds, compiling not counted, with the prices of a phase, in the type in which it
     serves."""
     model, prices = build_model(config, corpus, hardware)
+    # `opening` runs here whether it pays or not: that is what is to be found out.
     trainer = Trainer(model, config, dataclasses.replace(hardware, compile=False), split)
     if hardware.compile:
         trainer.forward = compiled_forward(model)

@@ -176,9 +176,12 @@ def norm_route(
     out_TD,
     slot_TK,
     weight_TK,
+    score_TE,
+    select_TE,
     D,
     E,
     EPS,
+    SCORES: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
     PRICED: tl.constexpr,
@@ -188,7 +191,8 @@ def norm_route(
     COLS: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """LayerNorm, router logits in float32, top-k of s (+ b - λ·c̃) and its mixing weights, one token per program."""
+    """LayerNorm, router logits in float32, top-k of s (+ b - λ·c̃) and its mixing weights, one token per program.
+    SCORES: also store s and what selects."""
     t = tl.program_id(0)
     e = tl.arange(0, BE)
     real = e < E
@@ -219,6 +223,9 @@ def norm_route(
         select += tl.load(bias_E + e, mask=real, other=0.0)
     if PRICED:
         select -= tl.load(lambda_) * tl.load(join_E + e, mask=real, other=0.0)
+    if SCORES:  # for what chooses over all sequences
+        tl.store(score_TE + t * E + e, score, mask=real)
+        tl.store(select_TE + t * E + e, select, mask=real)
     choice = tl.arange(0, KP)
     chosen = tl.zeros((KP,), tl.int32)
     picked = tl.full((KP,), -float("inf"), tl.float32)

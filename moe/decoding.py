@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from moe import decode_kernels as kernels
-from moe import expert_decode, fused
+from moe import expert_decode, fused, opening_kernels
 from moe.experts import Experts
+from moe.opening import EXACT_EXPERTS, OpeningRouter, PiggybackRouter
 from moe.routers import CapacityRouter, EnergyRouter, Router, TopKRouter
 from moe.routing import Tokens
 
@@ -30,6 +31,8 @@ HEAD_ENTRIES = 64
 CACHE_MULTIPLE = 256
 SPARE = 4  # positions at the end of the cache that no sequence reaches
 FUSED_ROUTERS = (TopKRouter, EnergyRouter, CapacityRouter)  # capacity drops nothing in evaluation
+OPENING_ROUTERS = (OpeningRouter, PiggybackRouter)  # up to EXACT_EXPERTS
+SETS = 16  # of set_gains, per program
 
 
 def unsupported(model: Any) -> str | None:
@@ -84,6 +87,9 @@ class Decoder:
         self.x_TD = new(batch, width, dtype=weight.dtype)
         self.normed_TD, self.query_TD, self.mixed_TD = (half(batch, width) for _ in range(3))
         self.slot_TK, self.weight_TK = new(batch, K, dtype=torch.int32), new(batch, K, dtype=torch.float32)
+        E = self.config.num_experts if any(router.opens for router in model.routers) else 1
+        self.score_TE, self.select_TE = new(batch, E), new(batch, E)
+        self.gain_G, self.set_1 = new(2 ** min(E, EXACT_EXPERTS)), new(1, dtype=torch.int32)
         self.logits_TV = half(batch, weight.shape[0])
         blocks = triton.cdiv(weight.shape[0], HEAD_ENTRIES)
         self.best_BT, self.where_BT = new(blocks, batch), new(blocks, batch, dtype=torch.int32)
@@ -218,7 +224,7 @@ class Decoder:
             self.x_TD += block.mlp(self.normed_TD)
             return
         router = block.mlp.router
-        fused_router = type(router) in FUSED_ROUTERS and not router.keep_first
+        fused_router = _has_kernel(router)
         if fused_router:
             self._route(block.ln_2, source.mlp.router, experts)  # the gate in the type it is stored in
         else:
@@ -243,9 +249,28 @@ class Decoder:
         kernels.norm_route[(self.batch,)](
             self.x_TD, norm.weight, norm.bias, router.gate.weight, router.offset_E, router.bias_E, router.join_E,
             router.energy_lambda, router.temperature, _slots(experts.slot_of_expert, self.x_TD.device),
-            self.normed_TD, self.slot_TK, self.weight_TK, self.config.n_embd, E, norm.eps,
-            K=router.top_k, KP=triton.next_power_of_2(router.top_k), PRICED=router.priced, BALANCED=router.balanced,
-            NORMALIZED=router.mixing == "normalized", BE=BE, COLS=self.columns, BK=at_once,
+            self.normed_TD, self.slot_TK, self.weight_TK, self.score_TE, self.select_TE, self.config.n_embd, E,
+            norm.eps, SCORES=_chooses_sets(router), K=router.top_k, KP=triton.next_power_of_2(router.top_k),
+            PRICED=router.priced, BALANCED=router.balanced, NORMALIZED=router.mixing == "normalized",
+            BE=BE, COLS=self.columns, BK=at_once,
+        )  # fmt: skip
+        if _chooses_sets(router):
+            self._open(router, experts, BE)
+
+    def _open(self, router: Router, experts: Experts, BE: int) -> None:
+        """Choose the experts to open for all sequences, then each sequence's own among them."""
+        E, K, searched = router.num_experts, router.top_k, type(router) is OpeningRouter
+        if searched:
+            opening_kernels.set_gains[(triton.cdiv(2**E, SETS),)](
+                self.select_TE, router.open_E, router.energy_lambda, self.gain_G, self.batch, E,
+                K=K, BE=BE, BG=min(SETS, 2**E), BT=min(32, self.rows), num_warps=4,
+            )  # fmt: skip
+        else:
+            opening_kernels.first_set[(1,)](self.select_TE, self.set_1, self.batch, E, K=K, BE=BE, BT=self.rows)
+        opening_kernels.assign[(self.batch,)](
+            self.score_TE, self.select_TE, self.gain_G, self.set_1, _slots(experts.slot_of_expert, self.x_TD.device),
+            self.slot_TK, self.weight_TK, E, K=K, KP=triton.next_power_of_2(K), BE=BE, G=2**E, SEARCHED=searched,
+            NORMALIZED=router.mixing == "normalized", num_warps=1,
         )  # fmt: skip
 
     def _head(self, sampled: bool) -> None:
@@ -262,6 +287,19 @@ class Decoder:
                 self.finished_T, self.ids_TL, self.pad, blocks, self.batch, self.length, V,
                 EOS=len(self.stop), BB=triton.next_power_of_2(blocks),
             )  # fmt: skip
+
+
+def _has_kernel(router: Router) -> bool:
+    """Whether the router's choice is computed by kernels of its own."""
+    if router.keep_first:
+        return False
+    if type(router) in OPENING_ROUTERS:
+        return router.num_experts <= EXACT_EXPERTS or not _chooses_sets(router)
+    return type(router) in FUSED_ROUTERS
+
+
+def _chooses_sets(router: Router) -> bool:
+    return type(router) is PiggybackRouter or (type(router) is OpeningRouter and router.active)
 
 
 def _pointers(model: Any) -> tuple[int, ...]:

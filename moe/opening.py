@@ -10,8 +10,11 @@ Shapes: B sequences, S positions of a call, T = B·S, E experts, K choices, G = 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.routers import Router, top_k
 from moe.routing import Routing, Tokens
@@ -26,7 +29,7 @@ class OpeningRouter(Router):
     """`opening`: the open set that maximises Σ_t Σ_{e∈S_t} (s_te − λ·join_e) − λ·Σ_e open_e·1(open), K per token.
 
     The exact optimum for E ≤ 8, greedy with swaps beyond. Mixes by softmax(s) over the selected, as `energy` does.
-    With opening prices of zero this is `energy`.
+    With opening prices of zero this is `energy`; switched off (`active`), too.
     """
 
     priced = True
@@ -37,8 +40,9 @@ class OpeningRouter(Router):
         score_TE = logits_TE / self.temperature
         biased_TE = self.biased(score_TE)
         priced_TE = biased_TE - self.price_E()
-        open_TE = self._open(priced_TE, tokens)
-        expert_TK = top_k(priced_TE.masked_fill(~open_TE, -torch.inf), self.top_k)
+        if self.active:
+            priced_TE = priced_TE.masked_fill(~self._open(priced_TE, tokens), -torch.inf)
+        expert_TK = top_k(priced_TE, self.top_k)
         weight_TK = self.mix(score_TE, score_TE.log_softmax(dim=-1), expert_TK)
         unpriced_TK = top_k(biased_TE, self.top_k)
         return self.routing(logits_TE, weight_TK, tokens, expert_TK=expert_TK, unpriced_TK=unpriced_TK)
@@ -188,3 +192,29 @@ def first_choices(score_BSE: Tensor, k: int, valid_BS: Tensor | None = None) -> 
     open_SE = first_BSE.any(dim=0)
     wanted_SE = wanted_BSE.sum(dim=0).masked_fill(open_SE, torch.inf)
     return open_SE | torch.zeros_like(open_SE).scatter(-1, wanted_SE.topk(k, dim=-1).indices, True)
+
+
+KERNELS = 2
+"""What a captured decode step launches per layer to choose sets of up to EXACT_EXPERTS (``moe.opening_kernels``)."""
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operations that compute something, each of which is a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def choosing_launches(num_experts: int, k: int, batch: int) -> int:
+    """Kernels that choosing the set of one layer adds to a decode step: those of the captured step where it has its
+    own, else one for each operation, counted."""
+    if num_experts <= EXACT_EXPERTS:
+        return KERNELS
+    with _Launches() as launches:
+        open_sets(torch.zeros(batch, 1, num_experts), torch.zeros(num_experts), k)
+    return launches.count

@@ -62,6 +62,7 @@ class Router(nn.Module, abc.ABC):
         self.mixing, self.jitter = config.mixing, config.router_jitter
         self.balanced = config.bias_balance_rate > 0
         self.keep_first = False  # set where routers are adapted at test time
+        self.active = True  # False: `opening` chooses no sets, because that would not pay
         self.seed = config.router_seed * 1009 + layer
         if self.learned:
             self.gate = nn.Linear(config.n_embd, self.num_experts, bias=False)

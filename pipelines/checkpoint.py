@@ -17,7 +17,7 @@ from moe import MoEGPT2LMHeadModel
 from moe.dense import without_experts
 from pipelines.config import DENSE, ConfigError, TrialConfig
 from pipelines.data import Corpus, load_corpus
-from pipelines.model import Hardware, prices_of
+from pipelines.model import Hardware, prices_of, switch_opening, weigh_opening
 from pipelines.prices import Prices
 
 
@@ -66,6 +66,8 @@ def load_checkpoint(path: str, values: Mapping[str, Any], monitor: EnergyMonitor
     weights = torch.bfloat16 if hardware.dtype == "pure_bf16" else torch.float32
     model = model.to(device=hardware.device, dtype=weights).eval()
     prices = None if config.is_dense else prices_of(config, model.config, hardware)
+    if not config.is_dense:
+        switch_opening(model, weigh_opening(config, model.config, hardware))
     return Loaded(model=model, config=config, corpus=corpus, hardware=hardware, prices=prices)
 
 

@@ -146,7 +146,9 @@ def scan(
     values = _values(data, tokenizer, batch, seq_len, max_eval_tokens, seconds, settings)
     with _loaded(checkpoint, values) as (loaded, monitor):
         modelled = " (modelled)" if monitor.source == "modelled" else ""
-        typer.echo(f"       λ    loss  diversity  agreement  open  prefill, decode [mJ/token]{modelled}")
+        typer.echo(
+            f"       λ    loss  diversity  agreement  open  prefill, decode [mJ/token]{modelled}, training (modelled)"
+        )
         found = walk(loaded, monitor, asked, on_point=lambda point: typer.echo(_scan_line(point)))
         paths = write_scan(found, loaded, out)
     typer.echo(f"Ended because {found.stopped}.")
@@ -235,7 +237,8 @@ def _scan_line(point: ScanPoint) -> str:
     agreement = "–" if point.agreement is None else f"{point.agreement:.3f}"
     return (
         f"{point.energy_lambda:8.3g}  {point.loss_nats:6.4f}  {point.routing_diversity:9.2f}  {agreement:>9}"
-        f"  {point.open_experts:4.1f}  {milli(point.prefill_j_per_token)}, {milli(point.decode_j_per_token)}"
+        f"  {point.open_experts:4.1f}  {milli(point.prefill_j_per_token)}, {milli(point.decode_j_per_token)},"
+        f" {milli(point.modelled_train_j_per_token)}"
     )
 
 

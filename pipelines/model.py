@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -13,12 +14,17 @@ import torch
 import transformers
 
 from hwcost import CostModel
+from hwcost.ops import ModelShape
 from moe import ROUTERS, MoEGPT2Config, upcycle
 from moe.dense import without_experts
+from moe.opening import choosing_launches
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
 from pipelines.data import Corpus
 from pipelines.hub import OFFLINE_OPTIONS, first_line, prepare_hub
+from pipelines.opening import OpeningCase, opening_case
 from pipelines.prices import OperatingPoint, Prices, phase_prices
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +217,39 @@ def prices_of(config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware
     )
     cost_model = CostModel.for_device(hardware.gpu_name, hardware.power_limit_w)
     return phase_prices(cost_model, point, kind=config.price, seed=config.seed, opens=ROUTERS[config.router].opens)
+
+
+def weigh_opening(config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> OpeningCase | None:
+    """Whether router `opening` pays in this trial's decoding; None where it is not the router, or without a GPU, whose
+    joules per step nobody knows. Of several decode batches the first counts, as it does for prices."""
+    if config.router != "opening" or hardware.gpu_name is None:
+        return None
+    shape = ModelShape(
+        d_model=moe_config.n_embd,
+        num_layers=moe_config.n_layer,
+        num_heads=moe_config.n_head,
+        vocab_size=moe_config.vocab_size,
+        expert_widths=tuple(moe_config.expert_widths),
+        top_k=config.top_k,
+        moe_layers=len(moe_config.moe_layer_indices),
+        dtype="fp32" if hardware.dtype == "fp32" else "bf16",
+    )
+    batch = config.decode_batches[0] if config.decode_batches else 1
+    return opening_case(
+        CostModel.for_device(hardware.gpu_name, hardware.power_limit_w),
+        shape,
+        batch=batch,
+        cached=config.decode_prompt_tokens + config.decode_new_tokens // 2,
+        launches=choosing_launches(moe_config.num_experts, config.top_k, batch),
+    )
+
+
+def switch_opening(model: Any, case: OpeningCase | None) -> None:
+    """Turn choosing off where it does not pay, and back on where it does; say so."""
+    for router in getattr(model, "routers", ()):
+        router.active = case is None or case.pays
+    if case is not None:
+        _LOG.log(logging.INFO if case.pays else logging.WARNING, "%s", case)
 
 
 def set_prices(model: Any, prices: Prices) -> None:

@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipelines import figures, svg
+from pipelines import sections_absorption as audits
 from pipelines import sections_boards as boards
 from pipelines import sections_curves as curves
 from pipelines import sections_energy as energy
@@ -122,6 +123,7 @@ def build(results: Results, bill: Bill) -> list[Section]:
         curves.curves_section(results),
         curves.routing_section(results),
         curves.agreement_section(results),
+        audits.absorption_section(results),
         energy.phases_section(results),
         energy.power_section(results),
         boards.boards_section(results),

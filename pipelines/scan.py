@@ -144,16 +144,19 @@ def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> Scan
 
 
 def write_scan(found: Scan, loaded: Loaded, out: Path) -> list[Path]:
-    """Write `scan.json`, `scan.png` and, where a range is worth training, `space.yaml`; returns the paths."""
+    """Write `scan.json`, the curve as PNG and SVG and, where a range is worth training, `space.yaml`; returns paths."""
     out.mkdir(parents=True, exist_ok=True)
-    data, curve, space = out / "scan.json", out / "scan.png", out / "space.yaml"
+    data, space = out / "scan.json", out / "space.yaml"
+    curves = [out / "scan.png", out / "scan.svg"]
     data.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n", encoding="utf-8")
-    draw(found).savefig(curve, dpi=150)
+    figure = draw(found)
+    for curve in curves:
+        figure.savefig(curve, dpi=150)
     if found.worth is None:
-        return [data, curve]
+        return [data, *curves]
     text = yaml.safe_dump(space_of(found, loaded), sort_keys=False, allow_unicode=True)
     space.write_text(f"# Suggested by a scan of {found.checkpoint}: {found.stopped}.\n{text}", encoding="utf-8")
-    return [data, curve, space]
+    return [data, *curves, space]
 
 
 def space_of(found: Scan, loaded: Loaded) -> dict[str, Any]:
@@ -195,13 +198,20 @@ def draw(found: Scan) -> Figure:
         ("share", {"diversity": "routing_diversity", "agreement with λ = 0": "agreement"}),
         (
             f"energy over that at λ = 0{modelled}",
-            {"prefill": "prefill_j_per_token", "decode": "decode_j_per_token", "open experts": "open_experts"},
+            {
+                "prefill": "prefill_j_per_token",
+                "decode": "decode_j_per_token",
+                "training, modelled": "modelled_train_j_per_token",
+                "open experts": "open_experts",
+            },
         ),
     )
     for axes, (title, columns) in zip(figure.subplots(3, 1, sharex=True), panels, strict=True):
         for label, column in columns.items():
             free = getattr(found.points[0], column)
             relative = free if title.startswith("energy") and free else 1.0
+            if free is None and column.endswith("j_per_token"):
+                continue
             y = [math.nan if (v := getattr(p, column)) is None else v / relative for p in priced]
             axes.plot(x, y, marker="o", label=label)
             if free is not None:

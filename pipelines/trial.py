@@ -35,7 +35,7 @@ from pipelines.faults import passing
 from pipelines.heartbeat import Keeper
 from pipelines.journal import Journal
 from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, quadrature, total, trial_monitor
-from pipelines.model import Hardware, build_model, set_prices
+from pipelines.model import Hardware, build_model, set_prices, switch_opening, weigh_opening
 from pipelines.modelled import PhaseModel
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
@@ -46,6 +46,7 @@ from pipelines.trial_rows import (
     config_columns,
     continued,
     one_line,
+    opening_columns,
     perplexity,
     point_of,
     power_records,
@@ -125,6 +126,8 @@ class Trial:
             model, self.prices = build_model(self.config, self.corpus, self.hardware)
             self.code = warm.compiled(model, self.config, self.hardware)
             self.model = self.code.module
+            self.opening = weigh_opening(self.config, self.model.config, self.hardware)
+            switch_opening(self.model, self.opening)
             self.modelled = PhaseModel.of(self.config, self.model.config, self.hardware)
             train = self.corpus.splits["train"].first(self.config.max_train_tokens)
             self.trainer = Trainer(self.model, self.config, self.hardware, train, forward=self.code.forward)
@@ -340,7 +343,7 @@ class Trial:
             columns["open_experts"] = evaluation.routing.open_experts
             columns["mean_selected_width"] = evaluation.routing.mean_selected_width
         if self.prices is not None and self.config.uses_price:
-            columns |= price_columns(self.config, self.prices)
+            columns |= price_columns(self.config, self.prices) | opening_columns(self.opening)
         return columns
 
     def _epoch_record(

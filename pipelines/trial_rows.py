@@ -13,6 +13,7 @@ import torch
 from hwcost import PowerSample
 from pipelines.config import TrialConfig
 from pipelines.evaluation import Evaluation
+from pipelines.opening import OpeningCase
 from pipelines.prices import Prices
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, TrialRecord
 
@@ -52,6 +53,18 @@ def price_columns(config: TrialConfig, prices: Mapping[str, Prices]) -> dict[str
         "price_decode_c_ref_j": decode.c_ref_j,
         "price_decode_join": list(decode.join),
         "price_decode_open": list(decode.open),
+    }
+
+
+def opening_columns(case: OpeningCase | None) -> dict[str, Any]:
+    """Whether router `opening` chose sets, and what the cost model said of it."""
+    if case is None:
+        return {}
+    return {
+        "opening_active": case.pays,
+        "opening_modelled_saving_j": case.saving_j,
+        "opening_modelled_cost_j": case.choosing_j,
+        "opening_modelled_share": case.share,
     }
 
 

@@ -13,8 +13,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from moe import MoEGPT2Config, MoEGPT2LMHeadModel, decoding, fused, gate, generation
+import triton
+
+from moe import MoEGPT2Config, MoEGPT2LMHeadModel, decoding, fused, gate, generation, opening_kernels
 from moe.dispatch import Weights, loop
+from moe.opening import every_set, first_choices
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -91,6 +94,15 @@ DECODING = {
     "energy and a null expert": {"router": "energy", "energy_lambda": 0.5, "expert_widths": [64, 0, 128]},
     "K = 1": {"num_experts_per_tok": 1, "expert_widths": [64, 64]},
     "three of five by probability": {"num_experts_per_tok": 3, "expert_widths": [64] * 5, "mixing": "probability"},
+    "open sets at a price": {"router": "opening", "energy_lambda": 0.4, "expert_widths": [64, 0, 128, 64, 64]},
+    "open sets of one": {
+        "router": "opening",
+        "energy_lambda": 0.4,
+        "num_experts_per_tok": 1,
+        "expert_widths": [64] * 3,
+    },
+    "first choices": {"router": "piggyback", "energy_lambda": 0.2, "expert_widths": [64] * 6},
+    "open sets beyond those all tried": {"router": "opening", "energy_lambda": 0.4, "expert_widths": [64] * 9},
     "a router without kernel": {"router": "hash", "expert_widths": [64] * 3},
     "a dense block and a shared expert": {"moe_layers": [1], "shared_expert_width": 32, "expert_widths": [64] * 3},
 }
@@ -180,3 +192,26 @@ def test_written_out_sum_equals_the_product(monkeypatch):
     want_TD = gate._by_tokens(dlogits_TE, weight_ED)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(gate._by_tokens(dlogits_TE, weight_ED), want_TD)
+
+
+@pytest.mark.parametrize(("batch", "experts", "k"), [(1, 3, 2), (7, 8, 2), (40, 8, 1), (40, 5, 3)])
+def test_the_sets_are_those_of_the_router(batch, experts, k):
+    """Gains in float64, the best set, and `piggyback`'s: random scores, prices from nothing to half the spread."""
+    generator = torch.Generator().manual_seed(batch)
+    select_TE = torch.randn(batch, experts, generator=generator).to(DEVICE)
+    open_E = (0.2 * batch**0.5 * torch.rand(experts, generator=generator)).to(DEVICE)
+    gain_G = torch.zeros(2**experts, device=DEVICE)
+    set_1, one = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.ones((), device=DEVICE)
+    BE, sets = triton.next_power_of_2(experts), min(16, 2**experts)
+    opening_kernels.set_gains[(2**experts // sets,)](
+        select_TE, open_E, one, gain_G, batch, experts, K=k, BE=BE, BG=sets, BT=16
+    )
+    opening_kernels.first_set[(1,)](
+        select_TE, set_1, batch, experts, K=k, BE=BE, BT=max(16, triton.next_power_of_2(batch))
+    )
+    bits_E = 2 ** torch.arange(experts, device=DEVICE)
+    want_E = every_set(select_TE.double()[:, None], open_E.double(), k)[0]
+    assert int(gain_G.argmax()) == int((want_E * bits_E).sum())
+    value = select_TE.double().masked_fill(~want_E, -torch.inf).topk(k).values.sum() - open_E.double()[want_E].sum()
+    assert float(gain_G.max()) == pytest.approx(float(value), rel=1e-5, abs=1e-5)
+    assert int(set_1) == int((first_choices(select_TE[:, None], k)[0] * bits_E).sum())

@@ -154,9 +154,23 @@ def epochs(record: TrialRecord) -> list[EpochRecord]:
                 routing_agreement=1 - 0.2 * share,
                 expert_load=[[0.25 + 0.1 * share, 0.25, 0.25, 0.25 - 0.1 * share]] * 2,
                 layer_effective_experts=[4 - 0.5 * share, 4 - 1.1 * share],
+                **_audit(record, share),
             )
         )
     return rows
+
+
+def _audit(record: TrialRecord, share: float) -> dict[str, Any]:
+    """Two layers, of which the second takes back two thirds of λ; nothing without a price."""
+    if not record.energy_lambda:
+        return {}
+    undone = [0.1 * share * record.energy_lambda, share * record.energy_lambda / 1.5]
+    return {
+        "layer_price_drift": undone,
+        "layer_lambda_undone": undone,
+        "layer_price_flip_fraction": [0.3, 0.3 - 0.2 * share],
+        "layer_logit_std": [1.0, 1.0 + share],
+    }
 
 
 def power(record: TrialRecord, samples: int = 60) -> list[PowerRecord]:

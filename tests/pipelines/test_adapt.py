@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from hwcost import CostModel, EnergyMonitor, Measurement
 from moe import MoEGPT2Config, MoEGPT2LMHeadModel
 from pipelines import adapting, cli
+from pipelines import scan as scanning
 from pipelines.adapt import AdaptPlan, BudgetError, adapt, model_shape
 from pipelines.adapting import Stream, Window, price_learner
 from pipelines.checkpoint import Loaded, load_checkpoint
@@ -221,9 +223,36 @@ def test_a_scan_writes_its_curve_and_a_space_that_loads(checkpoint: str, tmp_pat
     assert found.points[3].mean_selected_width < found.points[0].mean_selected_width
     assert loaded.model.config.energy_lambda == 0.0
     paths = write_scan(found, loaded, tmp_path)
-    assert [p.name for p in paths] == ["scan.json", "scan.png", "space.yaml"]
-    assert yaml.safe_load(paths[2].read_text())["trial"]["energy_lambda"]["grid"][0] == 0.0
-    assert len(plan_sweep(load_space(paths[2])).trials) >= 2
+    assert [p.name for p in paths] == ["scan.json", "scan.png", "scan.svg", "space.yaml"]
+    assert yaml.safe_load(paths[3].read_text())["trial"]["energy_lambda"]["grid"][0] == 0.0
+    assert len(plan_sweep(load_space(paths[3])).trials) >= 2
+
+
+def test_a_scan_tells_the_joules_of_each_phase_as_each_was_measured(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill falls with the width that λ leaves; decode has its own; both stand in the file and in the figure."""
+
+    def joules(phase: str) -> Any:
+        def measured(model: Any, *_: Any) -> Any:
+            price = 2.0 if phase == "prefill" else 5.0
+            return types.SimpleNamespace(j_per_token=price / (1 + model.config.energy_lambda))
+
+        return measured
+
+    for phase in ("prefill", "decode"):
+        monkeypatch.setattr(scanning, f"measure_{phase}", joules(phase))
+    loaded = load(checkpoint)
+    with EnergyMonitor.for_assigned_devices() as monitor:
+        found = scan(loaded, monitor, (1e-5, 0.25))
+    last = found.points[-1]
+    assert (last.prefill_j_per_token, last.decode_j_per_token) == pytest.approx((1.6, 4.0))
+    data = json.loads(write_scan(found, loaded, tmp_path)[0].read_text())
+    assert [point["decode_j_per_token"] for point in data["points"]] == pytest.approx([5.0, 5.0, 4.0], rel=1e-4)
+    lines = {line.get_label(): line.get_ydata() for line in scanning.draw(found).axes[2].get_lines()}
+    assert lines["prefill"][-1] == pytest.approx(0.8)
+    assert lines["decode"][-1] == pytest.approx(0.8)
+    assert "training, modelled" not in lines  # no GPU: nobody knows
 
 
 # commands

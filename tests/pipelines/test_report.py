@@ -16,6 +16,7 @@ from pipelines import chart, figures, svg
 from pipelines.records import PowerRecord, Store
 from pipelines.report import Bill, watch, write_report
 from pipelines.results import load
+from pipelines.sections_absorption import absorption_section
 from pipelines.sections_energy import power_section
 from tests.pipelines import synthetic
 from tests.pipelines.browser import open_browser
@@ -132,6 +133,9 @@ def test_the_page_is_whole_and_loads_nothing(page: Path) -> None:
         "The anchor workload took 32,000 J beside them",
         "throttled from",
         "Agreement with λ = 0",
+        "Has the gate learnt the price away?",
+        "λ undone per layer",
+        "Decisions that flip at λ → 0",
         "load, compile, warm-up 1",
         "kWh",
         "left out: 1 × FAILED (bad)",
@@ -208,6 +212,28 @@ def test_a_bare_trial_is_enough(tmp_path: Path) -> None:
     row = trial(gpu_name=None, gpu_uuid=None, energy_source="modelled", power_limit_w=None, decode_j_per_token=None)
     store.write(type(row), [row], sweep_id=SWEEP, trial_id="t0", attempt=0)
     outline(write_report(tmp_path, SWEEP, papers="none")[0].read_text())
+
+
+def test_the_audit_shows_what_is_left_of_lambda_in_each_layer(tmp_path: Path) -> None:
+    """λ = 0.6, of which the second layer took two thirds back; a trial without a price has no audit."""
+    synthetic.write(tmp_path, [trial("free"), trial("priced", router="energy", energy_lambda=0.6)])
+    section = absorption_section(load(tmp_path, SWEEP))
+    assert section is not None
+    (sheet,) = section.sheets
+    assert [row[1] for row in sheet.rows] == ["priced", "priced"]
+    cells = [[float(cell) for cell in row[2:]] for row in sheet.rows]
+    assert cells[0] == pytest.approx([0, 0.6, 0.06, 0.06, 0.54, 1.0, 1.0, 0.3])
+    assert cells[1] == pytest.approx([1, 0.6, 0.4, 0.4, 0.2, 1.0, 2.0, 0.1])
+    lines, heat = section.figures
+    assert isinstance(lines, chart.Chart)
+    assert isinstance(heat, chart.Heat)
+    assert [line.y[-1] for line in lines.lines] == pytest.approx([0.06, 0.4, 0.6])
+    assert heat.values == (pytest.approx((0.3, 0.3, 0.3)), pytest.approx((0.3, 0.2, 0.1)))
+
+
+def test_without_a_price_there_is_no_audit(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, [trial("free")])
+    assert absorption_section(load(tmp_path, SWEEP)) is None
 
 
 def test_an_unknown_sweep_is_refused(tmp_path: Path) -> None:
