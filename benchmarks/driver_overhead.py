@@ -118,9 +118,7 @@ def main() -> None:
     growth = max(memory.mb[100:count]) - memory.mb[min(100, count - 1)] if count > 100 else float("nan")
     print(f"{count} tabulated trials: {seconds[0] / count:.3f} s a trial ({seconds[0]:.1f} s)")
     load = os.getloadavg()[1]
-    print(
-        f"of these the driver computed {cpu_s / count:.3f} s a trial (MLflow's thread included); load average {load:.1f}"
-    )
+    print(f"the driver computed for {cpu_s / count:.3f} s a trial, MLflow's thread included; load average {load:.1f}")
     print(f"driver's resident memory: {memory.mb[0]:.0f} MB at the first trial, +{growth:.1f} MB after the first 100")
     print(
         f"resume of the whole: {seconds[1]:.2f} s where all is done; {seconds[2]:.1f} s with every second trial missing"
