@@ -63,7 +63,7 @@ def test_files_that_differ_in_their_folder_only_are_refused(tiny: dict[str, Any]
 
 
 def test_an_unknown_search_is_named(tiny: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="search: expected one of grid, random, tpe, nsga2, gp, got"):
+    with pytest.raises(ConfigError, match="search: expected one of grid, random, tpe, nsga2, gp, cost-aware, got"):
         plan_sweep(space(tiny, {}), search="magic")
 
 
