@@ -19,6 +19,9 @@ PRICED_ROUTERS = frozenset({"energy", "opening", "piggyback"})
 # Keys that say where and how a trial runs, not which experiment it is.
 _NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads", "anytime", "checkpoint", "prefill")
 ANYTIME_EPOCHS = 4
+#: Seconds for which prefill and decode are repeated, and before that without measuring, by kind of device.
+MEASURE_S = {"cuda": 5.0, "cpu": 0.3}
+WARMUP_S = {"cuda": 1.0, "cpu": 0.05}
 _GPU_COUNTS = ("gpus", "num_gpus", "gpus_per_trial")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -53,8 +54,8 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "joulemoe-test-token-012345
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Ray head with its dashboard on this machine, which wants a token. Its processes are a group of their own
-    and end with it: other Rays of this machine stay."""
+    """A real Ray head with its dashboard on this machine, which wants a token. Only its own processes are ended:
+    other Rays of this machine stay."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the job's `python` is that of the head's environment
     environment = os.environ | TOKEN | {"PATH": path}
     options = (
@@ -71,12 +72,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _wait_for_head(started, log)
         yield f"http://127.0.0.1:{PORT}"
     finally:
-        os.killpg(started.pid, signal.SIGTERM)
-        try:
-            started.wait(timeout=30)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(started.pid, signal.SIGKILL)
+        family = psutil.Process(started.pid).children(recursive=True) if started.poll() is None else []
+        started.terminate()  # ends its daemons too
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            started.wait(timeout=60)
+        for process in [started, *family]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        started.wait(timeout=30)
 
 
 def _wait_for_head(started: subprocess.Popen[bytes], log: Path) -> None:
