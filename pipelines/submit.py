@@ -41,6 +41,7 @@ def submit_sweep(
     Raises:
         ConfigError: no Ray head answers at the address, or it refuses the job.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +53,7 @@ def submit_sweep(
                 entrypoint=entrypoint(space, out, overrides or {}, options),
                 runtime_env={"working_dir": folder, "env_vars": {**_STOP, "PYTHONPATH": "."}},
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"address: expected a Ray head at {address}, got {reason}") from None
     print(f"Submitted {job_id} to {address}.", flush=True)

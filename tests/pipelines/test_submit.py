@@ -60,6 +60,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = os.environ | TOKEN | {"PATH": path}
     options = (
         f"--head --block --port=26379 --dashboard-port={PORT} --dashboard-host=127.0.0.1 --num-cpus=2 --num-gpus=0"
+        f" --dashboard-agent-listen-port={PORT + 1}"  # the default is taken where another Ray runs: jobs find no agent
     )
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", *options.split(), "--disable-usage-stats"]
     log = tmp_path_factory.mktemp("head") / "log"
