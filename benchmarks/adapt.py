@@ -1,265 +1,384 @@
-"""A joule budget at test time on a real GPU: reachable range, budgets inside it, a load that changes, learnt prices.
+"""A joule budget at test time on a real GPU: reachable range, budgets inside it, loads and texts that change, prices.
 
-Trains a small model for a while (there is nothing to download), then:
+Trains a small model for a while (there is nothing to download), then, on text that it was not trained on:
 
-1. measures joules per token over λ: the reachable range [E_min, E at λ = 0];
-2. keeps budgets at 25 % and 75 % of it, the mean of 20 windows after settling, and compares the loss with that of the
-   best static λ at the same joules on the same text;
-3. changes the load half-way (a smaller batch): the controller returns to the budget, the replay of telemetry recorded
-   without that change does not;
-4. learns prices from windows with dithered shares and holds them against the table.
+1. measures joules per token and loss over λ: the reachable range [E_min, E at λ = 0];
+2. keeps budgets at 25 % and 75 % of it from the side of λ = 0: the mean of 20 windows after settling, 4 of each of 5
+   seeds. A seed is an order of the text and a canary; biases start from zero, λ goes on. Beside each, the static λ (the
+   mean of that seed's windows) on the same text: loss at equal joules, paired over the seeds; what is left of a
+   difference in joules is made good by the slope of loss over joules from the range;
+3. changes the load half-way (products of matrices beside each chunk, as of another tenant), then the text (from the
+   domain that selects the widest experts to that which selects the narrowest): the controller returns to the budget,
+   the replay of telemetry recorded before the change does not;
+4. learns prices from windows with dithered shares and λ, and holds them against the table.
 
-    python benchmarks/adapt.py --data corpus.parquet --tokenizer FOLDER --seconds 230
+    python benchmarks/adapt.py --data corpus.parquet --tokenizer FOLDER --seconds 240 --out adapt.json
+
+What was measured is written to --out after every step, so that a run that is cut off keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import statistics
-import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from trained import Results, Tenant, elapsed_s, halves, interval, trained
 
 from hwcost import CostModel, EnergyMonitor
 from hwcost.ops import ModelShape
-from moe import BudgetController, EnergyAwareTTTRouter, HardwareFeedback, Reach, TTTSettings
+from moe import BudgetController, EnergyAwareTTTRouter, HardwareFeedback, PriceLearner, Reach, TTTSettings
 from pipelines.adapting import Stream, Window, dithered, measure_reach, price_learner
 from pipelines.config import TrialConfig
-from pipelines.data import Corpus, load_corpus
-from pipelines.model import Hardware, build_model, set_prices
-from pipelines.training import Trainer, batches
+from pipelines.data import TokenSplit, load_corpus
+from pipelines.model import Hardware, compiled_forward
 
-START_S = time.monotonic()
-LAMBDAS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.5, 4.0, 8.0)
-
-
-def elapsed_s() -> float:
-    return time.monotonic() - START_S
+LAMBDAS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+TENANT_SHARE = 0.1  # of a chunk's time
 
 
-def say(text: str) -> None:
-    print(f"[{elapsed_s():6.1f} s] {text}", flush=True)
+def joules(windows: Sequence[Window]) -> float:
+    """Joules per token over windows; NaN where one was not measured."""
+    energies = [w.measurement.energy_j for w in windows]
+    if None in energies:
+        return math.nan
+    return sum(e for e in energies if e is not None) / sum(w.tokens for w in windows)
 
 
-def train(config: TrialConfig, corpus: Corpus, hardware: Hardware, seconds: float) -> Any:
-    """A model trained for so many seconds, compiling not counted, with prefill prices, in the weights' own type."""
-    model, prices = build_model(config, corpus, hardware)
-    trainer = Trainer(model, config, hardware, corpus.splits["train"])
-    trainer.warm_up()
-    say("compiled")
-    model.train()
-    start_s, loss, epoch = time.monotonic(), math.nan, 0
-    while (spent_s := time.monotonic() - start_s) < seconds:
-        epoch += 1
-        for block_BS in batches(corpus.splits["train"], config, epoch, hardware.device):
-            spent_s = time.monotonic() - start_s
-            decay = min(1.0, max(0.05, 4 * (1 - spent_s / seconds)))
-            losses = trainer._step(block_BS, config.learning_rate * decay * min(1.0, (trainer.step + 1) / 30))
-            if trainer.step % 20 == 0:
-                loss = float(losses[0])
-            if spent_s >= seconds:
-                break
-    say(f"trained {trainer.step} steps, {trainer.tokens / 1e6:.1f} M tokens, loss {loss:.3f}")
-    assert prices is not None
-    set_prices(model, prices["prefill"])
-    if hardware.device.type == "cuda":
-        model = model.to(torch.bfloat16)
-    return model.eval()
+def loss_of(windows: Sequence[Window]) -> float:
+    return sum(w.loss_nats * w.tokens for w in windows) / sum(w.tokens for w in windows)
 
 
-def spread(values: list[float]) -> str:
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.5f} ± {half:.5f}"
-
-
-def joules(windows: list[Window]) -> float:
-    """Joules per token over windows, None-free."""
-    known = [w for w in windows if w.measurement.energy_j is not None]
-    return sum(w.measurement.energy_j or 0.0 for w in known) / sum(w.tokens for w in known)
+def rows(windows: Sequence[Window]) -> list[dict[str, Any]]:
+    """Windows as JSON."""
+    return [
+        {
+            "energy_lambda": w.energy_lambda, "j_per_token": w.j_per_token, "loss_nats": w.loss_nats,
+            "tokens": w.tokens, "duration_s": w.measurement.duration_s, "energy_j": w.measurement.energy_j,
+            "uncertainty_j": w.measurement.uncertainty_j, "temperature_c": w.measurement.mean_temperature_c,
+            "updates": w.updates, "update_s": w.update_s, "events": list(w.events),
+        }
+        for w in windows
+    ]  # fmt: skip
 
 
 class Bench:
     """The model, its text, and how long there is."""
 
-    def __init__(self, model: Any, corpus: Corpus, monitor: EnergyMonitor, args: argparse.Namespace) -> None:
-        self.model, self.monitor, self.args = model, monitor, args
-        device = next(model.parameters()).device
-        blocks = corpus.splits["validation"].blocks_NS
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(args.seed))
-        self.canary_BS = blocks[order[:8]].to(device).long()
-        self.blocks_NS = blocks[order[8:]]
-        self.device = device
-
-    def stream(self, controller: BudgetController | None, *, settings: TTTSettings | None = None) -> Stream:
-        ttt = EnergyAwareTTTRouter(
-            self.model,
-            canary_BS=self.canary_BS,
-            controller=controller,
-            settings=settings or TTTSettings(min_window_s=0.5),
-        )
-        ttt.apply(torch.zeros_like(ttt.offsets()))
-        sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        return Stream(
-            ttt, self.blocks_NS, self.monitor, batch_size=self.args.batch, window_s=self.args.window, synchronize=sync
-        )
-
-    def reach(self) -> Reach:
-        self.model.set_energy_lambda(0.0)
-        stream = self.stream(None)
-        list(stream.run(3, tell=False))
-        reach, windows = measure_reach(stream, LAMBDAS, windows=2)
-        for i, (energy_lambda, energy) in enumerate(zip(reach.lambdas, reach.energy_j, strict=True)):
-            here = windows[2 * i : 2 * i + 2]
-            loss = statistics.mean(w.loss_nats for w in here)
-            raw = ", ".join(f"{1e3 * (w.j_per_token or math.nan):.4f}" for w in here)
-            say(f"λ {energy_lambda:5.2f}: {1e3 * energy:.4f} mJ/token (windows {raw}), loss {loss:.4f}")
-        low, high = 1e3 * reach.least_j, 1e3 * reach.most_j
-        say(f"range {low:.4f} to {high:.4f} mJ/token: {1 - low / high:.1%}")
-        return reach
-
-    def budget(self, reach: Reach, share: float, settle: int = 6, windows: int = 20) -> list[Window]:
-        budget = reach.at(share)
-        controller = BudgetController.for_reach(budget, reach)
-        controller.start = controller.energy_lambda = 0.0  # from the side of λ = 0: it has to find its way
-        stream = self.stream(controller)
-        found = list(stream.run(settle + windows))
-        kept = found[settle:]
-        events = sorted({event for w in found for event in w.events})
-        updates, update_s = sum(w.updates for w in found), sum(w.update_s for w in found)
-        say(
-            f"budget at {share:.0%}: {1e3 * budget:.4f} mJ/token; mean of {windows} windows {1e3 * joules(kept):.4f}"
-            f" ({joules(kept) / budget - 1:+.2%}), first {1e3 * joules(found[:1]):.4f},"
-            f" λ {kept[0].energy_lambda:.3f} to {kept[-1].energy_lambda:.3f},"
-            f" loss {spread([w.loss_nats for w in kept])}, {updates} updates taking {update_s:.2f} s of"
-            f" {sum(w.measurement.duration_s for w in found):.1f} s, {events}"
-        )
-        return kept
-
-    def static(self, reach: Reach, adapted: list[Window]) -> None:
-        """The static λ of the same joules, on the same text, routers as trained."""
-        mean = statistics.mean(w.energy_lambda for w in adapted)
-        self.model.set_energy_lambda(mean)
-        stream = self.stream(None, settings=TTTSettings(update_share=1e-9))
-        stream.ttt.model.set_energy_lambda(mean)
-        list(stream.run(1, tell=False))
-        kept = list(stream.run(8, tell=False))
-        more = statistics.mean(w.loss_nats for w in adapted) - statistics.mean(w.loss_nats for w in kept)
-        say(
-            f"static λ {mean:.3f}: {1e3 * joules(kept):.4f} mJ/token, loss {spread([w.loss_nats for w in kept])};"
-            f" adapted minus static {more:+.5f}"
-        )
-
-    def disturbed(self, reach: Reach, *, replay: list[float] | None = None, half: int = 9) -> list[float]:
-        """A smaller batch from half-way on. With `replay` the controller hears recorded joules instead."""
-        budget = reach.at(0.75)
-        stream = self.stream(BudgetController.for_reach(budget, reach))
-        first = list(self._heard(stream, half, replay and replay[:half]))
-        stream.batch_size = self.args.small
-        second = list(self._heard(stream, half + 3, replay and replay[half:]))
-        jump, settled = joules(second[:1]) / budget - 1, joules(second[-6:]) / budget - 1
-        say(
-            f"{'replay' if replay else 'feedback'}: off the budget: before {joules(first[3:]) / budget - 1:+.2%},"
-            f" right after {jump:+.2%}, at the end {settled:+.2%}; λ {first[-1].energy_lambda:.3f} to"
-            f" {second[-1].energy_lambda:.3f}, infeasible {stream.ttt.controller.infeasible}"  # type: ignore[union-attr]
-        )
-        return [w.j_per_token or math.nan for w in first + second]
-
-    @staticmethod
-    def _heard(stream: Stream, windows: int, replay: list[float] | None) -> Iterator[Window]:
-        if not replay:
-            yield from stream.run(windows)
-            return
-        for reading in replay[:windows]:
-            yield from stream.run(1, tell=False)
-            stream.ttt.ttt_update(HardwareFeedback(energy_j=1e6 * reading, tokens=10**6, duration_s=1.0), update=False)
-
-    def prices(self, gpu_name: str | None, power_limit_w: float | None, windows: int) -> None:
-        config = self.model.config
-        shape = ModelShape(
+    def __init__(
+        self, model: Any, text: TokenSplit, monitor: EnergyMonitor, args: argparse.Namespace, results: Results,
+        cost_model: CostModel, hardware: Hardware,
+    ) -> None:  # fmt: skip
+        self.model, self.monitor, self.args, self.results = model, monitor, args, results
+        self.device = next(model.parameters()).device
+        self.pool_NS, self.blocks_NS = text.blocks_NS[::10], text.blocks_NS[torch.arange(len(text.blocks_NS)) % 10 > 0]
+        self.domain_N = text.domain_N[torch.arange(len(text.blocks_NS)) % 10 > 0]
+        self.forward = Tenant(compiled_forward(model) if hardware.compile else model, self.device)
+        config = model.config
+        self.shape = ModelShape(
             d_model=config.n_embd, num_layers=config.n_layer, num_heads=config.n_head, vocab_size=config.vocab_size,
             expert_widths=tuple(config.expert_widths), top_k=config.num_experts_per_tok,
         )  # fmt: skip
-        cost_model = CostModel.for_device(gpu_name, power_limit_w)
-        self.model.set_energy_lambda(0.5)
-        stream = self.stream(None, settings=TTTSettings(keep_first=False))
-        stream.window_s = 0.6
-        stream.learner, stream.read_counts = price_learner(cost_model, shape, self.blocks_NS.shape[1])
-        count = len(list(dithered(stream, windows)))
-        table = f"{cost_model.profile.name}{', analytic' if cost_model.analytic else ''}"
-        say(f"prices learnt from {count} dithered windows; table: {table}")
-        for price in stream.learner.prices():
+        self.cost_model = cost_model
+        self.learner, self.read = price_learner(cost_model, self.shape, self.blocks_NS.shape[1])
+        self.widths: list[float] = []  # mean width selected per token and layer, window by window
+
+    def stream(
+        self,
+        controller: BudgetController | None,
+        *,
+        seed: int = 0,
+        blocks_NS: torch.Tensor | None = None,
+        **settings: Any,
+    ) -> Stream:
+        """Text in the order of a seed, with its canary; biases at zero."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        blocks_NS = self.blocks_NS if blocks_NS is None else blocks_NS
+        canary = torch.randperm(len(self.pool_NS), generator=generator)[:8]
+        ttt = EnergyAwareTTTRouter(
+            self.model,
+            canary_BS=self.pool_NS[canary].to(self.device).long(),
+            controller=controller,
+            settings=TTTSettings(**({"min_window_s": 0.5} | settings)),
+            forward=self.forward,
+        )
+        ttt.apply(torch.zeros_like(ttt.offsets()))
+        sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        order = torch.randperm(len(blocks_NS), generator=generator)
+        stream = Stream(
+            ttt, blocks_NS[order], self.monitor, batch_size=self.args.batch, window_s=self.args.window, synchronize=sync
+        )
+        stream.learner, stream.read_counts = self.learner, self._read
+        return stream
+
+    def _read(self, counts: Any, measured: Any) -> tuple[dict[str, float], float] | None:
+        """What the learner learns from; remembers the width that was selected, which is work without noise."""
+        widths_E = torch.tensor(self.shape.expert_widths, dtype=torch.float64)
+        slots = counts.tokens * self.shape.num_moe_layers
+        self.widths.append(float(counts.chosen_E.cpu().double() @ widths_E) / slots)
+        return self.read(counts, measured) if self.forward.repeats == 0 else None
+
+    def reach(self) -> Reach:
+        """Joules and loss over λ."""
+        self.model.set_energy_lambda(0.0)
+        stream = self.stream(None)
+        list(stream.run(3, tell=False))
+        self.results.say("warm")
+        self.chunk_s = stream.window_s * self.args.batch * stream.blocks_NS.shape[1] / next(
+            stream.run(1, tell=False)
+        ).tokens  # fmt: skip
+        reach, windows = measure_reach(stream, LAMBDAS, windows=2)
+        table = []
+        for i, (energy_lambda, energy) in enumerate(zip(reach.lambdas, reach.energy_j, strict=True)):
+            here, width = windows[2 * i : 2 * i + 2], self.widths[-3 * len(LAMBDAS) :][3 * i + 2]
+            row = {"energy_lambda": energy_lambda, "j_per_token": energy, "loss_nats": loss_of(here), "width": width}
+            table.append(row | {"windows": rows(here)})
+            raw = ", ".join(f"{1e3 * (w.j_per_token or math.nan):.4f}" for w in here)
+            self.results.say(
+                f"λ {energy_lambda:5.2f}: {1e3 * energy:.4f} mJ/token (windows {raw}), loss {row['loss_nats']:.4f},"
+                f" width {width:.0f}"
+            )
+        low, high = 1e3 * reach.least_j, 1e3 * reach.most_j
+        self.results.say(f"range {low:.4f} to {high:.4f} mJ/token: {1 - low / high:.1%}; {1e3 * self.chunk_s:.1f} ms")
+        self.results.keep("reach", {"points": table, "chunk_s": self.chunk_s})
+        self.curve = [(row["j_per_token"], row["loss_nats"]) for row in table]
+        return reach
+
+    def slope(self, energy_j: float) -> float:
+        """dloss/dE between the measured points around an energy, nats per joule; 0 where the range is flat."""
+        for (above, low), (below, high) in zip(self.curve, self.curve[1:], strict=False):
+            if above >= energy_j >= below and above > below:
+                return (high - low) / (below - above)
+        return 0.0
+
+    def budget(self, reach: Reach, share: float) -> None:
+        """The budget kept over the seeds, and the static λ beside each."""
+        args, budget = self.args, reach.at(share)
+        controller = BudgetController.for_reach(budget, reach)
+        controller.start = controller.energy_lambda = 0.0  # from the side of λ = 0: it has to find its way
+        kept, every, pairs = list[Window](), list[Window](), list[dict[str, float]]()
+        for seed in range(args.seeds):
+            settle = args.settle if seed == 0 else 1
+            stream = self.stream(controller, seed=seed)
+            found = list(stream.run(settle + args.windows))
+            here, at = found[settle:], sum(w.tokens for w in found[:settle]) // stream.blocks_NS.shape[1]
+            pairs.append(self._pair(here, seed, at, budget))
+            kept, every = kept + here, every + found
+            name = f"budget {share:g}"
+            self.results.keep(
+                name, self._kept(name, budget, kept, every, pairs, controller, last=seed + 1 == args.seeds)
+            )
+        controller.start = controller.energy_lambda
+
+    def _pair(self, adapted: list[Window], seed: int, at: int, budget: float) -> dict[str, float]:
+        """Adapted against the static λ of (nearly) the same joules on the same text, routers as trained."""
+        mean = statistics.mean(w.energy_lambda for w in adapted)
+        stream = self.stream(None, seed=seed, update_share=1e-9)
+        self.model.set_energy_lambda(mean)
+        stream.at = at % len(stream.blocks_NS)
+        width = statistics.mean(self.widths[-len(adapted) :])
+        static = list(stream.run(max(2, self.args.windows // 2), tell=False))
+        gap_j = joules(adapted) - joules(static)
+        raw = loss_of(adapted) - loss_of(static)
+        return {
+            "seed": seed, "static_lambda": mean, "adapted_j": joules(adapted), "static_j": joules(static),
+            "adapted_loss": loss_of(adapted), "static_loss": loss_of(static), "raw": raw,
+            "at_equal_joules": raw - self.slope(budget) * gap_j,
+            "adapted_width": width, "static_width": statistics.mean(self.widths[-len(static) :]),
+        }  # fmt: skip
+
+    def _kept(
+        self, name: str, budget: float, kept: list[Window], every: list[Window], pairs: list[dict[str, float]],
+        controller: BudgetController, *, last: bool,
+    ) -> dict[str, Any]:  # fmt: skip
+        off, spread = joules(kept) / budget - 1, [w.j_per_token or math.nan for w in kept]
+        raw, equal = (interval([p[key] for p in pairs]) for key in ("raw", "at_equal_joules"))
+        updates, update_s = sum(w.updates for w in every), sum(w.update_s for w in every)
+        span_s = sum(w.measurement.duration_s for w in every)
+        events = sorted({event for w in every for event in w.events})
+        if last:
+            self.results.say(
+                f"{name}: {1e3 * budget:.4f} mJ/token; mean of {len(kept)} windows {1e3 * joules(kept):.4f}"
+                f" ({off:+.2%}), first {1e3 * joules(every[:1]):.4f}, λ {kept[0].energy_lambda:.3f} to"
+                f" {kept[-1].energy_lambda:.3f},"
+                f" infeasible {controller.infeasible}; loss minus static's, {len(pairs)} seeds: raw {raw[0]:+.5f} ±"
+                f" {raw[1]:.5f}, at equal joules {equal[0]:+.5f} ± {equal[1]:.5f}; {updates} updates took"
+                f" {update_s:.2f} of {span_s:.1f} s, {events}"
+            )
+        return {
+            "budget_j": budget, "mean_j": joules(kept), "off": off, "spread": spread, "pairs": pairs, "raw": raw,
+            "at_equal_joules": equal, "slope_nats_per_j": self.slope(budget), "updates": updates,
+            "update_s": update_s, "span_s": span_s, "events": events, "windows": rows(every),
+        }  # fmt: skip
+
+    def load_changes(self, reach: Reach) -> None:
+        """Another tenant from half-way on."""
+        repeats = self.forward.repeats_for(TENANT_SHARE * self.chunk_s)
+
+        def change(stream: Stream) -> None:
+            self.forward.repeats = repeats
+
+        self._disturbed("load", reach, change)
+
+    def text_changes(self, reach: Reach) -> None:
+        """Another domain from half-way on: from the widest to the narrowest."""
+        widths = {d: self._width_of(d, reach) for d in self.domain_N.unique().tolist() if self._blocks(d) is not None}
+        wide, narrow = max(widths, key=lambda d: widths[d]), min(widths, key=lambda d: widths[d])
+        self.results.say(f"width by domain {widths}")
+        blocks_NS = self._blocks(narrow)
+
+        def change(stream: Stream) -> None:
+            stream.blocks_NS, stream.at = blocks_NS, 0
+
+        self._disturbed("text", reach, change, self._blocks(wide))
+
+    def _blocks(self, domain: int) -> torch.Tensor | None:
+        found_NS = self.blocks_NS[self.domain_N == domain]
+        return found_NS if len(found_NS) >= self.args.batch else None
+
+    def _width_of(self, domain: int, reach: Reach) -> float:
+        stream = self.stream(None, blocks_NS=self._blocks(domain))
+        self.model.set_energy_lambda(reach.lambda_at(reach.at(0.75)))
+        stream.window_s = 0.15
+        next(stream.run(1, tell=False))
+        return self.widths[-1]
+
+    def _disturbed(
+        self, name: str, reach: Reach, change: Callable[[Stream], None], blocks_NS: torch.Tensor | None = None
+    ) -> None:
+        """A budget at 75 % with a change half-way: by feedback, then by a replay of what was heard before it."""
+        heard, found = list[float](), dict[str, Any]()
+        for mode in ("feedback", "replay"):
+            stream = self.stream(BudgetController.for_reach(reach.at(0.75), reach), blocks_NS=blocks_NS)
+            first = list(self._heard(stream, self.args.half, heard))
+            change(stream)
+            second = list(self._heard(stream, self.args.half + 2, heard))
+            self.forward.repeats = 0
+            found[mode] = self._told(name, mode, reach.at(0.75), first, second, stream)
+            heard = [w.j_per_token or math.nan for w in first[2:]]
+            self.results.keep(f"{name} changes", found)
+
+    def _told(
+        self, name: str, mode: str, budget: float, first: list[Window], second: list[Window], stream: Stream
+    ) -> dict[str, Any]:
+        before, jump = joules(first[2:]) / budget - 1, joules(second[:1]) / budget - 1
+        settled, infeasible = joules(second[-5:]) / budget - 1, stream.ttt.controller.infeasible  # type: ignore[union-attr]
+        self.results.say(
+            f"{name} changes, {mode}: off the budget before {before:+.2%}, right after {jump:+.2%}, at the end"
+            f" {settled:+.2%}; λ {first[-1].energy_lambda:.3f} to {second[-1].energy_lambda:.3f},"
+            f" infeasible {infeasible}"
+        )
+        return {
+            "before": before, "jump": jump, "settled": settled, "infeasible": infeasible, "first": rows(first),
+            "second": rows(second),
+        }  # fmt: skip
+
+    @staticmethod
+    def _heard(stream: Stream, windows: int, replay: Sequence[float]) -> Iterator[Window]:
+        if not replay:
+            yield from stream.run(windows)
+            return
+        for window in range(windows):
+            yield from stream.run(1, tell=False)
+            reading = replay[window % len(replay)]
+            stream.ttt.ttt_update(HardwareFeedback(energy_j=1e6 * reading, tokens=10**6, duration_s=1.0), update=False)
+
+    def prices(self, windows: int) -> None:
+        """Prices from windows whose shares and λ are drawn anew, and from those of the range before."""
+        stream = self.stream(None, keep_first=False)
+        generator = torch.Generator().manual_seed(0)
+        for window in range(windows):
+            self.model.set_energy_lambda(2.0 * float(torch.rand((), generator=generator)) ** 2)
+            list(dithered(stream, 1, seed=window))
+            self.results.keep("prices", self._prices(self.learner))
+        table = f"{self.cost_model.profile.name}{', analytic' if self.cost_model.analytic else ''}"
+        self.results.say(f"prices learnt from {self.learner.windows} windows; table: {table}")
+        for price in self.learner.prices():
             print(
                 f"    {price.name:14s} table {1e6 * price.table_j:10.3f} µJ, learnt {1e6 * price.learnt_j:10.3f}"
                 f" [{1e6 * price.low_j:.3f}, {1e6 * price.high_j:.3f}], trusted {price.trusted}"
             )
 
+    def _prices(self, learner: PriceLearner) -> dict[str, Any]:
+        return {
+            "profile": self.cost_model.profile.name, "analytic": self.cost_model.analytic, "windows": learner.windows,
+            "prices": [dataclasses.asdict(price) for price in learner.prices()],
+        }  # fmt: skip
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="embedded")
     parser.add_argument("--tokenizer")
-    parser.add_argument("--seconds", type=float, default=230.0)
-    parser.add_argument("--train", type=float, default=32.0)
+    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--seconds", type=float, default=240.0, help="what does not fit is left out, the last first")
+    parser.add_argument("--train", type=float, default=20.0)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--small", type=int, default=6)
     parser.add_argument("--window", type=float, default=1.05)
-    parser.add_argument("--settle", type=int, default=6)
-    parser.add_argument("--dither", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--settle", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=4, help="of each seed")
+    parser.add_argument("--half", type=int, default=6, help="windows before a change")
+    parser.add_argument("--dither", type=int, default=16)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the trial")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     values: dict[str, Any] = {
         "data": args.data, "tokenizer": args.tokenizer, "router": "energy", "top_k": 2, "seq_len": 1024,
         "expert_width_factors": [1, 1, 0.5, 0.5, 0.25, 0.25, 0, 0], "regularizer": "load_balance",
         "regularizer_weight": 0.01, "learning_rate": 1e-3, "batch_size": args.batch, "dropout": 0.0,
     }  # fmt: skip
-    import yaml
-
     values |= {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in args.set)}
-    config = TrialConfig.parse(values)
+    config, results = TrialConfig.parse(values), Results(args.out)
     with EnergyMonitor.for_assigned_devices() as monitor:
         device = monitor.devices[0] if monitor.devices else None
         name, limit_w = (device.name, device.power_limit_w) if device else (None, None)
         hardware = Hardware.of(config, gpu_name=name, power_limit_w=limit_w)
-        say(f"{name}, source {monitor.source}")
+        results.keep("device", {"name": name, "power_limit_w": limit_w, "source": monitor.source, "set": values})
+        results.say(f"{name}, source {monitor.source}")
         corpus = load_corpus(config)
-        say("text tokenised")
-        model = train(config, corpus, hardware, args.train)
-        bench = Bench(model, corpus, monitor, args)
-
-        def attempt(label: str, need_s: float, work: Any) -> Any:
-            if elapsed_s() + need_s > args.seconds:
-                say(f"{label}: left out, no time")
-                return None
-            try:
-                return work()
-            except Exception:
-                traceback.print_exc()
-                return None
-
-        reach = attempt("range", 10, bench.reach)
-        if reach is None:
-            return
-        for share in (0.25, 0.75):
-            kept = attempt(f"budget {share}", 20, lambda s=share: bench.budget(reach, s, args.settle))
-            if kept:
-                attempt("static", 8, lambda k=kept: bench.static(reach, k))
-        record = attempt("recording", 20, lambda: recorded(bench, reach))
-        attempt("feedback", 20, lambda: bench.disturbed(reach))
-        if record:
-            attempt("replay", 20, lambda: bench.disturbed(reach, replay=record))
-        attempt("prices", 0.7 * args.dither, lambda: bench.prices(name, limit_w, args.dither))
-        say("done")
+        results.say("text tokenised")
+        learnt, held = halves(corpus.splits["train"])
+        model = trained(config, corpus, learnt, hardware, args.train, results)
+        bench = Bench(model, held, monitor, args, results, CostModel.for_device(name, limit_w), hardware)
+        run(bench, args, results)
 
 
-def recorded(bench: Bench, reach: Reach, windows: int = 21) -> list[float]:
-    """Telemetry of a run in which nothing changes."""
-    stream = bench.stream(BudgetController.for_reach(reach.at(0.75), reach))
-    return [w.j_per_token or math.nan for w in stream.run(windows)]
+def run(bench: Bench, args: argparse.Namespace, results: Results) -> None:
+    """The steps in order of weight, each as far as its time is there and nothing breaks."""
+
+    def attempt(label: str, windows: int, work: Callable[[], Any]) -> Any:
+        if elapsed_s() + windows * args.window > args.seconds:
+            results.say(f"{label}: left out, no time")
+            return None
+        try:
+            return work()
+        except Exception:
+            traceback.print_exc()
+            results.keep(f"{label} failed", traceback.format_exc())
+            return None
+
+    reach = attempt("range", 25, bench.reach)
+    if reach is None:
+        return
+    budget = args.settle + args.seeds * (args.windows + max(2, args.windows // 2) + 1)
+    for share in (0.25, 0.75):
+        attempt(f"budget {share}", budget, lambda s=share: bench.budget(reach, s))
+    attempt("load", 4 * args.half + 4, lambda: bench.load_changes(reach))
+    attempt("prices", args.dither + 6, lambda: bench.prices(args.dither))
+    attempt("text", 4 * args.half + 5, lambda: bench.text_changes(reach))
+    results.keep("done", True)
+    results.say("done")
 
 
 if __name__ == "__main__":

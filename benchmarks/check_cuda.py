@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,9 @@ def text(batch: int = 8, length: int = 128) -> Tensor:
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -55,7 +58,8 @@ def no_host_synchronisation(router: str) -> None:
     stats = RoutingStats(model.config.expert_widths)
     for attempt in range(2):  # the first may build kernels
         with no_synchronisation() if attempt else torch.enable_grad():
-            output = model(ids, attention_mask=mask, labels=ids, output_routing=True)
+            # transformers looks at the values of an attention_mask; padding alone is told by token_mask.
+            output = model(ids, token_mask=mask, labels=ids, output_routing=True)
             output.loss.backward()
             model.after_step()
             stats.update(output.routing)

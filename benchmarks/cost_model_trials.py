@@ -68,30 +68,48 @@ def show(sweep: Path, model: CostModel, console: Console) -> None:
 
 
 def figure(sweep: Path, model: CostModel, points: Calibration, path: Path) -> None:
-    """Watts of the longest trial, measured and modelled, with residuals; and all held-out points."""
+    """Watts of the longest trial, measured and modelled, with their difference; and all held-out points."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    fig = plt.figure(figsize=(12.5, 4.2), layout="constrained")
+    grid = fig.add_gridspec(2, 3, width_ratios=(1.5, 1, 1), height_ratios=(2, 1))
+    over = fig.add_subplot(grid[0, 0])
+    _watts(sweep, model, over, fig.add_subplot(grid[1, 0], sharex=over))
+    _held_out(model, points, fig.add_subplot(grid[:, 1]), fig.add_subplot(grid[:, 2]))
+    fig.savefig(path, dpi=120)
+
+
+def modelled_watts(model: CostModel, trial: dict[str, Any], samples: list[dict[str, Any]]) -> np.ndarray:
+    """Modelled watts at each sample: as the trial wrote them; of older sweeps those of its training, time measured."""
+    written = np.array([np.nan if r["modelled_power_w"] is None else r["modelled_power_w"] for r in samples])
+    if not np.isnan(written).all():
+        return written
+    config = json.loads(trial["config_json"])
+    watts = steps_of(model, trial)[1] / (config["batch_size"] * (config["seq_len"] - 1) / trial["tokens_per_s"])
+    return np.array([watts if r["phase"] == "train" else np.nan for r in samples])
+
+
+def _watts(sweep: Path, model: CostModel, over: Any, under: Any) -> None:
     trial = max(rows(sweep, "trials"), key=lambda row: row["train_energy_j"])
     trace = [r for r in rows(sweep, "power") if r["trial_id"] == trial["trial_id"] and r["power_w"] is not None]
-    _, known, _ = steps_of(model, trial)
-    config = json.loads(trial["config_json"])
-    watts = known / (config["batch_size"] * (config["seq_len"] - 1) / trial["tokens_per_s"])
-    train = [r for r in trace if r["phase"] == "train"]
-    start = train[0]["time_s"]
-    shown = [r for r in trace if start - 6 <= r["time_s"] <= train[-1]["time_s"] + 12]
-    fig, (over, rest, parity) = plt.subplots(1, 3, figsize=(12.5, 3.6), width_ratios=(1.5, 1, 1), layout="constrained")
-    over.plot(
-        [r["time_s"] - start for r in shown], [r["power_w"] for r in shown], lw=0.8, label="measured", color="0.35"
-    )
-    over.plot([0, train[-1]["time_s"] - start], [watts, watts], lw=2, label="modelled, training", color="tab:red")
-    over.set(
-        xlabel="seconds since training began", ylabel="watts", title=f"trial {trial['trial_id']}, K = {trial['top_k']}"
-    )
-    over.set_ylim(0, 900)
+    start = next(r["time_s"] for r in trace if r["phase"] == "train")
+    end = max(r["time_s"] for r in trace if r["phase"] == "train")
+    shown = [r for r in trace if start - 6 <= r["time_s"] <= end + 25]
+    time_s = np.array([r["time_s"] - start for r in shown])
+    measured, modelled = np.array([r["power_w"] for r in shown]), modelled_watts(model, trial, shown)
+    over.plot(time_s, measured, lw=0.8, label="measured", color="0.35")
+    over.plot(time_s, modelled, lw=2, label="modelled", color="tab:red")
+    over.set(ylabel="watts", title=f"trial {trial['trial_id']}, K = {trial['top_k']}", ylim=(0, 900))
     over.legend(loc="upper right", ncols=2)
+    under.axhline(0, color="0.6", lw=0.8)
+    under.plot(time_s, measured - modelled, lw=0.8, color="tab:red")
+    under.set(xlabel="seconds since training began", ylabel="difference, W")
+
+
+def _held_out(model: CostModel, points: Calibration, rest: Any, parity: Any) -> None:
     held = [p for p in points.points if p.held_out and p.kind in ("train_step", "decode_step")]
     for kind, color in (("train_step", "tab:blue"), ("decode_step", "tab:orange")):
         some = of_kind(held, kind)
@@ -108,7 +126,6 @@ def figure(sweep: Path, model: CostModel, points: Calibration, path: Path) -> No
     parity.loglog(span, span, color="0.6", lw=0.8)
     parity.set(xlabel="measured joules a step", ylabel="modelled joules a step", title="the same")
     parity.legend()
-    fig.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Greedy decoding through `model.generate`: ours, and transformers' grouped_mm peer with a static cache.
 
-    python benchmarks/decode.py [--profile]
+    python benchmarks/decode.py [--batch 32] [--profile]
 
-DistilGPT2, 6 MoE layers of 8 experts, bf16, batch 32, K 2, a 64-token prompt, 128 new tokens. The step time is the
+DistilGPT2, 6 MoE layers of 8 experts, bf16, K 2, a 64-token prompt, 128 new tokens. The step time is the
 difference of a long and a short generation over the difference of their lengths, so the prompt drops out; the whole
 call over all new tokens stands beside it. Joules per token are of the whole call.
 """
@@ -23,7 +23,7 @@ from hwcost import EnergyMonitor
 from moe import MoEGPT2Config
 from moe.modeling import MoEGPT2LMHeadModel
 
-BATCH, PROMPT, NEW, SHORT, K = 32, 64, 128, 8, 2
+PROMPT, NEW, SHORT, K = 64, 128, 8, 2
 
 
 def generation(model: torch.nn.Module, ids_BS: torch.Tensor, new: int, **options: object) -> Case:
@@ -41,6 +41,7 @@ def generation(model: torch.nn.Module, ids_BS: torch.Tensor, new: int, **options
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--profile", action="store_true")
@@ -49,7 +50,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     config = {name: value for name, value in SHAPE.items() if name != "use_cache"}
-    ids_BS = torch.randint(config["vocab_size"], (BATCH, PROMPT), device="cuda")
+    ids_BS = torch.randint(config["vocab_size"], (args.batch, PROMPT), device="cuda")
     ours = MoEGPT2LMHeadModel(MoEGPT2Config(**config, num_experts_per_tok=K))
     peer = PeerLMHeadModel(PeerConfig(**config, num_experts_per_tok=K))
     variants = {
@@ -80,8 +81,8 @@ def main() -> None:
         if args.repetitions:
             runs = interleave(cases, repetitions=args.repetitions, seconds=args.seconds, monitor=monitor)
             brief_runs = interleave(short, repetitions=args.repetitions, seconds=args.seconds / 2)
-            title = f"generate, batch {BATCH}, {NEW} new tokens: ms per call, mJ per token"
-            print_table(title, runs, next(iter(runs)), divide=BATCH * NEW)
+            title = f"generate, batch {args.batch}, {NEW} new tokens: ms per call, mJ per token"
+            print_table(title, runs, next(iter(runs)), divide=args.batch * NEW)
             for name, samples in runs.items():
                 ms = statistics.median(s.duration_ms for s in samples)
                 brief_ms = statistics.median(s.duration_ms for s in brief_runs[name])

@@ -1,16 +1,19 @@
-"""Accuracy and cost of `hwcost.EnergyMonitor` on a real GPU.
+"""Accuracy and cost of `hwcost.EnergyMonitor` on a real GPU: one line per bar, about four minutes on an H200.
 
-    python benchmarks/energy_monitor.py --out DIR [--parts fields,raw,bursts,zeus,slowdown,python,compiled]
+    python benchmarks/energy_monitor.py --out DIR [--parts fields,raw,bursts,zeus,slowdown,compiled] [--zeus-path WHEEL]
 
-Prints one line per bar at the end and writes `results.json` (and `raw.npz`, the driver's raw readings under a known
-load) to DIR. zeus runs in a process of its own: `--zeus-python` and `--zeus-path` name an interpreter and an import
-path with zeus 0.16.
+Prints one line per bar at the end and writes `results.json` (after each part) and `raw.npz`, the driver's raw readings
+under a known load, to DIR. zeus runs in a process of its own (`zeus_pipe.py`): `--zeus-python` and `--zeus-path` name
+an interpreter and an import path with zeus 0.16 (its plain wheel will do). Further parts: `launch` (a launch-bound
+step), `python` (a loop that holds the interpreter's lock).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import random
@@ -26,9 +29,10 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve()
-PERIOD_S = 0.25  # the monitor's default
 sys.path.insert(0, str(HERE.parent.parent))
 
+from benchmarks import monitor_cost  # noqa: E402
+from benchmarks.zeus_pipe import Zeus  # noqa: E402
 
 # -- load ------------------------------------------------------------------------------------------------------
 
@@ -103,11 +107,11 @@ def part_raw(out: Path, results: dict[str, Any]) -> None:
     """The driver's readings under bursts whose edges are known."""
     gemm = Gemm()
     gemm.run(0.5)
-    child = subprocess.Popen([sys.executable, str(HERE), "--record", str(out / "raw.npz"), "14"], env=os.environ.copy())
+    child = subprocess.Popen([sys.executable, str(HERE), "--record", str(out / "raw.npz"), "11"], env=os.environ.copy())
     time.sleep(3.5)
     marks = []
     rng = random.Random(0)
-    while child.poll() is None and len(marks) < 12:
+    while child.poll() is None and len(marks) < 10:
         length = rng.choice([0.05, 0.15, 0.3, 0.6, 1.0])
         start = time.monotonic()
         gemm.run(length)
@@ -181,81 +185,7 @@ class Counter:
                 return t0, now
 
 
-class Zeus:
-    """zeus in a process of its own, told over pipes when a window begins and ends."""
-
-    def __init__(self, python: str, path: str) -> None:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))}
-        self.child = subprocess.Popen(
-            [python, str(HERE), "--serve-zeus"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
-        self.version = self._answer()
-
-    def _answer(self) -> str:
-        assert self.child.stdout is not None
-        while True:
-            line = self.child.stdout.readline()
-            if not line:
-                raise RuntimeError("zeus ended")
-            if line.startswith("> "):
-                return line[2:].strip()
-
-    def _ask(self, text: str) -> str:
-        assert self.child.stdin is not None
-        self.child.stdin.write(text + "\n")
-        self.child.stdin.flush()
-        return self._answer()
-
-    def begin(self, key: str) -> None:
-        self._ask(f"begin {key}")
-
-    def end(self, key: str) -> float:
-        return float(self._ask(f"end {key}"))
-
-    def close(self) -> None:
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-        self.child.wait(10)
-
-
-def serve_zeus() -> None:
-    """The other end of `Zeus`."""
-    import types
-
-    try:
-        import sklearn.metrics
-    except ImportError:  # zeus needs scikit-learn for one trapezoid, of its power monitor only
-        sklearn: Any = types.ModuleType("sklearn")
-        metrics: Any = types.ModuleType("sklearn.metrics")
-        metrics.auc = lambda x, y: float(np.trapezoid(y, x))
-        sklearn.metrics = metrics
-        sys.modules["sklearn"], sys.modules["sklearn.metrics"] = sklearn, metrics
-    try:
-        import httpx
-    except ImportError:  # used only to talk to zeus's daemon
-        httpx: Any = types.ModuleType("httpx")
-        httpx.Client = httpx.HTTPTransport = httpx.Timeout = object
-        sys.modules["httpx"] = httpx
-    import importlib.metadata
-
-    from zeus.monitor import ZeusMonitor
-
-    monitor = ZeusMonitor(gpu_indices=[0])
-    try:
-        version = importlib.metadata.version("zeus")
-    except importlib.metadata.PackageNotFoundError:
-        import zeus
-
-        version = zeus.__version__
-    print(f"> {version}", flush=True)
-    for line in sys.stdin:
-        verb, key = line.split()
-        if verb == "begin":
-            monitor.begin_window(key, sync_execution=False)
-            print("> ok", flush=True)
-        else:
-            joules = sum(monitor.end_window(key, sync_execution=False).gpu_energy.values())
-            print(f"> {joules}", flush=True)
+BURSTS = 18
 
 
 def spread(values: list[float]) -> float:
@@ -263,7 +193,7 @@ def spread(values: list[float]) -> float:
 
 
 def part_zeus(out: Path, results: dict[str, Any], options: argparse.Namespace) -> None:
-    """1 s windows back to back, and 10 s windows that overlap, on the same spans as zeus where it can be had."""
+    """1 s windows, and 10 s windows that overlap, on the same spans as zeus where it can be had."""
     from hwcost import EnergyMonitor
 
     zeus: Zeus | None = None
@@ -274,91 +204,94 @@ def part_zeus(out: Path, results: dict[str, Any], options: argparse.Namespace) -
         results["zeus_error"] = repr(error)
     gemm, counter = Gemm(), Counter()
     with EnergyMonitor.for_assigned_devices(torch_device="cuda:0") as monitor:
-        gemm.run(5.0)
-        ours, theirs, plain, flags = [], [], [], set()
-        t_start, j_start = counter.at_step()
-        windows = []
-        first_s = None
-        for i in range(20):
-            p0 = counter.read()
-            if zeus:
-                zeus.begin(f"s{i}")
-            with monitor.window("steady") as window:
-                gemm.run(1.0)
-            if zeus:
-                theirs.append(zeus.end(f"s{i}"))
-            plain.append(counter.read() - p0)
-            first_s = first_s or window.start_s
-            windows.append(window)
-        gemm.run(0.1)
-        t_end, j_end = counter.at_step()
-        results["steady_pipes"] = "windows separated by zeus's reads"
-        ours = [w.measurement.energy_j for w in windows]
-        flags = {f for w in windows for f in w.measurement.flags}
-        seconds = [w.measurement.duration_s for w in windows]
-        watts = [j / s for j, s in zip(ours, seconds, strict=True)]
-        results["steady_1s"] = {
-            "spread_power": spread(watts),
-            "spread_joules": spread(ours),
-            "ours_j": ours,
-            "sigma_j": [w.measurement.uncertainty_j for w in windows],
-            "integral_j": [w.measurement.integral_j for w in windows],
-            "plain_spread": spread(plain),
-            "flags": sorted(flags),
-            "zeus_spread": spread(theirs) if theirs else None,
-            "zeus_j": theirs,
-        }
-        # back to back without anything in between: their sum against the counter over the whole
-        t_start, j_start = counter.at_step()
-        windows = []
-        for _ in range(10):
-            with monitor.window("steady") as window:
-                gemm.run(1.0)
-            windows.append(window)
-        gemm.run(0.05)
-        t_end, j_end = counter.at_step()
-        total = sum(w.measurement.energy_j for w in windows)
-        inside = windows[-1].end_s - windows[0].start_s
-        watt = (j_end - j_start) / (t_end - t_start)
-        results["steady_sum"] = {
-            "windows_j": total,
-            "counter_j": j_end - j_start,
-            "counter_span_s": t_end - t_start,
-            "windows_span_s": inside,
-            "error": total / (j_end - j_start - watt * ((t_end - t_start) - inside)) - 1,
-        }
-        ledger = monitor.ledger()["steady"]
-        results["ledger"] = {"energy_j": ledger.energy_j, "windows": ledger.windows}
-        # 10 s windows that overlap, a new one every 1.5 s
-        open_windows: list[tuple[int, Any]] = []
-        pairs = []
-        for i in range(27):
-            if i < 20:
-                if zeus:
-                    zeus.begin(f"t{i}")
-                window = monitor.window("ten")
-                window.__enter__()
-                open_windows.append((i, window))
-            gemm.run(1.45 + 0.013 * (i % 8))
-            if len(open_windows) == 7 or i >= 20:
-                j, window = open_windows.pop(0)
-                window.__exit__(None, None, None)
-                pairs.append((window, zeus.end(f"t{j}") if zeus else None))
-            if not open_windows:
-                break
-        ours = [w.measurement.energy_j for w, _ in pairs]
-        theirs = [z for _, z in pairs if z is not None]
-        seconds = [w.measurement.duration_s for w, _ in pairs]
-        results["ten_s"] = {
-            "windows": len(pairs),
-            "ours_j": ours,
-            "zeus_j": theirs,
-            "seconds": seconds,
-            "difference": statistics.mean(ours) / statistics.mean(theirs) - 1 if theirs else None,
-            "spread_power": spread([j / s for j, s in zip(ours, seconds, strict=True)]),
-        }
+        gemm.run(3.0)
+        results["steady_1s"] = _steady(gemm, counter, monitor, zeus)
+        results["steady_sum"] = _sum(gemm, counter, monitor)
+        results["ten_s"] = _ten(gemm, monitor, zeus)
     if zeus:
         zeus.close()
+
+
+def _steady(gemm: Gemm, counter: Counter, monitor: Any, zeus: Zeus | None) -> dict[str, Any]:
+    """1 s windows of a steady load: ours, zeus's, and bare counter differences."""
+    theirs, plain, windows = [], [], []
+    for i in range(20):
+        p0 = counter.read()
+        if zeus:
+            zeus.begin(f"s{i}")
+        with monitor.window("steady") as window:
+            gemm.run(1.0)
+        if zeus:
+            theirs.append(zeus.end(f"s{i}"))
+        plain.append(counter.read() - p0)
+        windows.append(window)
+    found = [w.measurement for w in windows]
+    return {
+        "spread_power": spread([m.energy_j / m.duration_s for m in found]),
+        "spread_joules": spread([m.energy_j for m in found]),
+        "ours_j": [m.energy_j for m in found],
+        "sigma_j": [m.uncertainty_j for m in found],
+        "integral_j": [m.integral_j for m in found],
+        "plain_spread": spread(plain),
+        "flags": sorted({f for m in found for f in m.flags}),
+        "zeus_spread": spread(theirs) if theirs else None,
+        "zeus_j": theirs,
+        "spread_over_zeus": spread([m.energy_j for m in found]) / spread(theirs) if theirs else None,
+    }
+
+
+def _sum(gemm: Gemm, counter: Counter, monitor: Any) -> dict[str, Any]:
+    """1 s windows that touch: their sum against the counter over the whole, read at its own steps."""
+    gemm.run(0.1)
+    t_start, j_start = counter.at_step()
+    windows = []
+    for _ in range(8):
+        with monitor.window("sum") as window:
+            gemm.run(1.0)
+        windows.append(window)
+    gemm.run(0.05)
+    t_end, j_end = counter.at_step()
+    total = sum(w.measurement.energy_j for w in windows)
+    outside_s = (t_end - t_start) - (windows[-1].end_s - windows[0].start_s)
+    watts = (j_end - j_start) / (t_end - t_start)
+    return {
+        "windows_j": total,
+        "counter_j": j_end - j_start,
+        "counter_span_s": t_end - t_start,
+        "outside_s": outside_s,
+        "error": total / (j_end - j_start - watts * outside_s) - 1,
+    }
+
+
+def _ten(gemm: Gemm, monitor: Any, zeus: Zeus | None) -> dict[str, Any]:
+    """20 windows of 10 s on the same spans as zeus; they overlap, a new one begins every 0.75 s."""
+    waiting: list[tuple[int, Any]] = []
+    pairs = []
+    for i in range(34):
+        if i < 20:
+            if zeus:
+                zeus.begin(f"t{i}")
+            window = monitor.window("ten")
+            window.__enter__()
+            waiting.append((i, window))
+        gemm.run(0.73 + 0.009 * (i % 8))
+        if len(waiting) == 14 or i >= 20:
+            j, window = waiting.pop(0)
+            window.__exit__(None, None, None)
+            pairs.append((window, zeus.end(f"t{j}") if zeus else None))
+        if not waiting:
+            break
+    ours = [w.measurement.energy_j for w, _ in pairs]
+    theirs = [z for _, z in pairs if z is not None]
+    seconds = [w.measurement.duration_s for w, _ in pairs]
+    return {
+        "windows": len(pairs),
+        "ours_j": ours,
+        "zeus_j": theirs,
+        "seconds": seconds,
+        "difference": statistics.mean(ours) / statistics.mean(theirs) - 1 if theirs else None,
+        "spread_power": spread([j / s for j, s in zip(ours, seconds, strict=True)]),
+    }
 
 
 def part_bursts(out: Path, results: dict[str, Any]) -> None:
@@ -386,7 +319,7 @@ def part_bursts(out: Path, results: dict[str, Any]) -> None:
         t0, j0 = counter.at_step()
         windows, plain, pauses = [], [], []
         with monitor.window("whole") as whole:
-            for _ in range(20):
+            for _ in range(BURSTS):
                 p = counter.read()
                 with monitor.window("burst") as window:
                     gemm.run(1.14)
@@ -435,130 +368,6 @@ def part_bursts(out: Path, results: dict[str, Any]) -> None:
         }
 
 
-# -- cost ------------------------------------------------------------------------------------------------------
-
-
-def steps(batch: int, seq_len: int, compiled: bool) -> Callable[[], None]:
-    """A training step of DistilGPT2's architecture (bf16 autocast, fused AdamW)."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_layer=6, n_head=12, n_embd=768, loss_type="ForCausalLM")
-    model: Any = GPT2LMHeadModel(config).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x = torch.randint(0, config.vocab_size, (batch, seq_len), device="cuda")
-    call = torch.compile(model) if compiled else model
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = call(input_ids=x, labels=x).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def paired(step: Callable[[], None], pairs: int, seconds: float, period_s: float) -> dict[str, Any]:
-    """Seconds a step without (A) and with (B) a monitor and an open window, in turn."""
-    import torch
-
-    from hwcost import EnergyMonitor
-
-    for _ in range(20):
-        step()
-    torch.cuda.synchronize()
-    begin = time.monotonic()
-    for _ in range(20):
-        step()
-    torch.cuda.synchronize()
-    count = max(5, int(seconds / ((time.monotonic() - begin) / 20)))
-
-    def timed() -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(count):
-            step()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / count
-
-    slow = []
-    base = []
-    for i in range(pairs):
-        order = "AB" if i % 2 == 0 else "BA"
-        got = {}
-        for which in order:
-            monitor = EnergyMonitor.for_assigned_devices(torch_device="cuda:0", period_s=period_s)
-            if which == "A":
-                monitor.close()  # the same pause before both: a GPU at its power limit runs faster after one
-                got["A"] = timed()
-                continue
-            with monitor, monitor.window("train"):
-                got["B"] = timed()
-        slow.append(got["B"] / got["A"] - 1)
-        base.append(got["A"])
-    return {
-        "step_ms": 1e3 * statistics.median(base),
-        "steps": count,
-        "pairs": pairs,
-        "slowdowns": slow,
-        "mean": statistics.mean(slow),
-        "median": statistics.median(slow),
-        "standard_error": statistics.stdev(slow) / len(slow) ** 0.5,
-    }
-
-
-def part_slowdown(out: Path, results: dict[str, Any]) -> None:
-    results["slowdown_eager_16x1024"] = paired(steps(16, 1024, False), 10, 1.2, PERIOD_S)
-    results["slowdown_launch_bound_2x128"] = paired(steps(2, 128, False), 10, 0.9, PERIOD_S)
-
-
-def part_python(out: Path, results: dict[str, Any]) -> None:
-    """The worst case: a thread that only holds the interpreter's lock. And the CPU time of the sampler itself."""
-    import torch
-
-    from hwcost import EnergyMonitor
-
-    torch.zeros(1, device="cuda")
-
-    def count(seconds: float) -> float:
-        loops, end = 0, time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            sum(range(200))
-            loops += 1
-        return loops / seconds
-
-    slow = []
-    for i in range(16):
-        got = {}
-        for which in "AB" if i % 2 == 0 else "BA":
-            if which == "A":
-                got["A"] = count(0.4)
-                continue
-            monitor = EnergyMonitor.for_assigned_devices(torch_device="cuda:0", period_s=PERIOD_S)
-            with monitor, monitor.window("train"):
-                got["B"] = count(0.4)
-        slow.append(got["A"] / got["B"] - 1)
-    with (
-        EnergyMonitor.for_assigned_devices(torch_device="cuda:0", period_s=PERIOD_S) as monitor,
-        monitor.window("sleep"),
-    ):
-        before = time.process_time()
-        time.sleep(4.0)
-        cpu = (time.process_time() - before) / 4.0
-    results["slowdown_python_loop"] = {
-        "mean": statistics.mean(slow),
-        "median": statistics.median(slow),
-        "standard_error": statistics.stdev(slow) / len(slow) ** 0.5,
-        "slowdowns": slow,
-    }
-    results["sampler_cpu_share"] = cpu
-
-
-def part_compiled(out: Path, results: dict[str, Any]) -> None:
-    results["slowdown_compiled_16x1024"] = paired(steps(16, 1024, True), 10, 1.0, PERIOD_S)
-
-
 # -- together --------------------------------------------------------------------------------------------------
 
 
@@ -573,8 +382,42 @@ def caught(name: str, results: dict[str, Any]) -> Iterator[None]:
     print(f"[{name}: {time.monotonic() - begin:.1f} s]", flush=True)
 
 
-def summary(results: dict[str, Any]) -> list[tuple[str, float | None, float]]:
-    """(what, measured, bar) of every bar."""
+def part_cost(name: str, results: dict[str, Any]) -> None:
+    """A paired slow-down."""
+    results[name] = monitor_cost.CASES[name]()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of the summary: what was measured, and the bar; None: no bar, only shown beside one."""
+
+    what: str
+    value: float | None
+    bar: float | None = None
+    error: float | None = None
+
+    def __str__(self) -> str:
+        shown = "-" if self.value is None else f"{self.value:.3%}"
+        shown += f" ± {self.error:.3%}" if self.error is not None else ""
+        if self.bar is None:
+            return f"{self.what:56} {shown:>20}"
+        return f"{self.what:56} {shown:>20}   bar {self.bar:.1%}   {self.verdict}"
+
+    @property
+    def verdict(self) -> str:
+        """What the bar says; with a standard error the whole 95 % interval has to say it."""
+        if self.value is None or self.bar is None:
+            return "not measured"
+        reach = 1.96 * (self.error or 0.0)
+        if self.value - reach > self.bar:
+            return "MISSED"
+        if self.error is not None and self.value + reach < -self.bar:
+            return "BIASED: faster with a monitor than without"
+        return "met" if self.value + reach <= self.bar else "no answer: the interval spans the bar"
+
+
+def summary(results: dict[str, Any]) -> list[Line]:
+    """Every bar, and what stands beside it."""
 
     def get(*keys: str) -> Any:
         value: Any = results
@@ -582,39 +425,46 @@ def summary(results: dict[str, Any]) -> list[tuple[str, float | None, float]]:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    ten = get("ten_s", "difference")
-    total = get("steady_sum", "error")
+    def size(*keys: str) -> float | None:
+        value = get(*keys)
+        return None if value is None else abs(value)
+
+    def slower(part: str, what: str, bar: float | None = 0.005) -> Line:
+        return Line(what=what, value=get(part, "mean"), bar=bar, error=get(part, "standard_error"))
+
     return [
-        ("1 s windows, spread of watts", get("steady_1s", "spread_power"), 0.03),
-        ("  the same of zeus (joules)", get("steady_1s", "zeus_spread"), float("nan")),
-        ("  the same of plain counter differences", get("steady_1s", "plain_spread"), float("nan")),
-        ("sum of 1 s windows against the counter", abs(total) if total is not None else None, 0.005),
-        ("1.14 s bursts, worst against own mean", get("bursts", "worst_against_own_mean"), 0.03),
-        ("1.14 s bursts, worst against the long-run mean burst", get("bursts", "worst_against_long_run"), 0.03),
-        ("  plain counter difference, worst", get("bursts", "plain_worst"), float("nan")),
-        ("  1 s average power, mean error", get("bursts", "average_power_error"), float("nan")),
-        ("10 s windows against zeus", abs(ten) if ten is not None else None, 0.005),
-        ("slow-down eager 16x1024", get("slowdown_eager_16x1024", "mean"), 0.005),
-        ("slow-down launch-bound 2x128", get("slowdown_launch_bound_2x128", "mean"), 0.005),
-        ("slow-down of a loop that holds the interpreter's lock", get("slowdown_python_loop", "mean"), float("nan")),
-        ("  CPU share of the sampler", get("sampler_cpu_share"), float("nan")),
-        ("slow-down compiled 16x1024", get("slowdown_compiled_16x1024", "mean"), 0.005),
+        Line(what="1 s windows, spread of watts", value=get("steady_1s", "spread_power"), bar=0.03),
+        Line(what="  plain counter differences", value=get("steady_1s", "plain_spread")),
+        Line(what="  zeus (joules)", value=get("steady_1s", "zeus_spread")),
+        Line(what="  ours over zeus's (joules)", value=get("steady_1s", "spread_over_zeus"), bar=1.0),
+        Line(what="sum of 1 s windows against the counter", value=size("steady_sum", "error"), bar=0.005),
+        Line(
+            what="1.14 s bursts, worst against the long-run mean burst",
+            value=get("bursts", "worst_against_long_run"),
+            bar=0.03,
+        ),
+        Line(what="  worst against their own mean", value=get("bursts", "worst_against_own_mean")),
+        Line(what="  plain counter difference, worst", value=get("bursts", "plain_worst")),
+        Line(what="  1 s average power, mean error", value=get("bursts", "average_power_error")),
+        Line(what="10 s windows against zeus, means of 20", value=size("ten_s", "difference"), bar=0.005),
+        slower("slowdown", "slow-down, eager 16 x 1024"),
+        slower("compiled", "slow-down, compiled 16 x 1024"),
+        slower("launch", "  launch-bound 2 x 128", None),
+        slower("python", "  a loop that holds the interpreter's lock", None),
+        Line(what="  CPU share of the sampler", value=get("python", "sampler_cpu_share")),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=".")
-    parser.add_argument("--parts", default="fields,raw,bursts,zeus,slowdown,python,compiled")
+    parser.add_argument("--parts", default="fields,raw,bursts,zeus,slowdown,compiled")
     parser.add_argument("--zeus-python", default=sys.executable)
     parser.add_argument("--zeus-path", default="")
     parser.add_argument("--record", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--serve-zeus", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.record:
         return record(options.record[0], float(options.record[1]))
-    if options.serve_zeus:
-        return serve_zeus()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
@@ -623,26 +473,16 @@ def main() -> None:
         "raw": lambda: part_raw(out, results),
         "bursts": lambda: part_bursts(out, results),
         "zeus": lambda: part_zeus(out, results, options),
-        "slowdown": lambda: part_slowdown(out, results),
-        "python": lambda: part_python(out, results),
-        "compiled": lambda: part_compiled(out, results),
     }
+    parts |= {name: functools.partial(part_cost, name, results) for name in monitor_cost.CASES}
     for name in options.parts.split(","):
         with caught(name, results):
             parts[name]()
         (out / "results.json").write_text(json.dumps(results, indent=1, default=str))
-    print(
-        json.dumps(
-            {k: results.get(k) for k in ("device", "fields", "raw", "failed", "zeus_version", "zeus_error")},
-            indent=1,
-            default=str,
-        )
-    )
-    print(f"{'what':56} {'measured':>10} {'bar':>8}")
-    for what, value, bar in summary(results):
-        print(
-            f"{what:56} {'-' if value is None else format(value, '10.4%')} {'' if bar != bar else format(bar, '8.2%')}"
-        )
+    shown = ("device", "fields", "raw", "failed", "zeus_version", "zeus_error")
+    print(json.dumps({name: results.get(name) for name in shown}, indent=1, default=str))
+    for line in summary(results):
+        print(line)
     return None
 
 

@@ -19,7 +19,8 @@ from hwcost.probes import dtype_of, repeat_for
 
 # Readings of different days are compared, so a change is a new version. Version 1 had 16 rows: at 8 ms a step a busy
 # host could hold it up (+18 % time, +12 % joules beside another job); with 64 rows the host has four times as long.
-ANCHOR_VERSION = 2
+# Version 3: the input has a gradient too, so that all four blocks run one compiled graph.
+ANCHOR_VERSION = 3
 _ROWS, _LENGTH, _WIDTH, _HEADS, _REPEATS = 64, 1024, 768, 12, 4
 
 
@@ -36,15 +37,23 @@ class Monitor(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnchorReading:
-    """Joules and seconds of one anchor step; None where they could not be measured."""
+    """Joules and seconds of one anchor step; None where they could not be measured.
+
+    `energy_j` is what the whole reading took: build, warm-up and window. `workload` is equal where readings compare.
+    """
 
     version: int
+    workload: str
+    energy_j: float | None
     j_per_step: float | None
     j_per_token: float | None
+    j_per_token_uncertainty: float | None
     s_per_step: float
     mean_power_w: float | None
     mean_temperature_c: float | None
     steps: int
+    shared: bool | None = None
+    flags: tuple[str, ...] = ()
 
 
 class _Block(nn.Module):
@@ -77,9 +86,8 @@ class AnchorStep:
             torch.manual_seed(0)
             width = _WIDTH // shrink
             self.block = _Block(width, max(1, _HEADS // shrink)).to(device=device, dtype=dtype_of(device))
-            self.x_BSD = torch.randn(_ROWS // shrink, _LENGTH // shrink, width).to(
-                device=device, dtype=dtype_of(device)
-            )
+            x_BSD = torch.randn(_ROWS // shrink, _LENGTH // shrink, width)
+        self.x_BSD = x_BSD.to(device=device, dtype=dtype_of(device)).requires_grad_()
         self._forward = torch.compile(self.block, fullgraph=True) if device.type == "cuda" else self.block
         self.run()
 
@@ -96,6 +104,7 @@ class AnchorStep:
             x_BSD = self._forward(x_BSD)
         x_BSD.square().mean().backward()  # type: ignore[no-untyped-call]
         self.block.zero_grad(set_to_none=True)
+        self.x_BSD.grad = None
         return 1
 
     def park(self) -> None:
@@ -106,21 +115,30 @@ class AnchorStep:
 
 
 def measure_anchor(
-    monitor: Monitor, device: torch.device, *, seconds: float = 10.0, warmup_s: float = 2.0
+    monitor: Monitor, device: torch.device, *, seconds: float = 10.0, warmup_s: float = 4.0
 ) -> AnchorReading:
-    """Run the anchor for `seconds` in a window named `anchor`, after a warm-up."""
-    step = AnchorStep({}, device)
-    repeat_for(step.run, warmup_s, device)
-    with monitor.window("anchor") as window:
-        steps, duration_s = repeat_for(step.run, seconds, device)
-    got = window.measurement
-    j_per_step = None if got.energy_j is None else got.energy_j / steps
+    """Run the anchor for `seconds` in a window named `anchor`, after a warm-up.
+
+    A board that stood idle draws 1-2 % less in its first seconds of load, which the warm-up keeps from looking like
+    drift.
+    """
+    with monitor.window("anchor_whole") as whole:
+        step = AnchorStep({}, device)
+        repeat_for(step.run, warmup_s, device)
+        with monitor.window("anchor") as window:
+            steps, duration_s = repeat_for(step.run, seconds, device)
+    got, tokens = window.measurement, steps * step.tokens
     return AnchorReading(
         version=ANCHOR_VERSION,
-        j_per_step=j_per_step,
-        j_per_token=None if j_per_step is None else j_per_step / step.tokens,
+        workload=f"anchor {ANCHOR_VERSION}, torch {torch.__version__.partition('+')[0]}, {device.type}",
+        energy_j=whole.measurement.energy_j,
+        j_per_step=None if got.energy_j is None else got.energy_j / steps,
+        j_per_token=None if got.energy_j is None else got.energy_j / tokens,
+        j_per_token_uncertainty=None if got.uncertainty_j is None else got.uncertainty_j / tokens,
         s_per_step=duration_s / steps,
         mean_power_w=got.mean_power_w,
         mean_temperature_c=got.mean_temperature_c,
         steps=steps,
+        shared=got.shared,
+        flags=got.flags,
     )

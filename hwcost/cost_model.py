@@ -129,9 +129,9 @@ class CostModel:
     def get_cost(
         self,
         op_type: str,
-        *,
         batch_size: float,
         seq_len: float,
+        *,
         shape: ModelShape | None = None,
         phase: str = "train",
         current_temp: float | None = None,
@@ -158,7 +158,7 @@ class CostModel:
             current_temp=current_temp, memory_pressure=memory_pressure, duration_s=duration_s, extrapolate=extrapolate
         )
         call = _call(op_type, batch_size, seq_len, phase)
-        terms = self.breakdown_of(counts_of(op_type, shape, call), conditions, self._flags(shape, call, extrapolate))
+        terms = self.breakdown_of(self._counts(op_type, shape, call), conditions, self._flags(shape, call, extrapolate))
         per_token = terms.energy_j / call.tokens
         return Cost(
             energy_j=terms.energy_j,
@@ -172,9 +172,9 @@ class CostModel:
     def get_cost_breakdown(
         self,
         op_type: str,
-        *,
         batch_size: float,
         seq_len: float,
+        *,
         shape: ModelShape | None = None,
         phase: str = "train",
         conditions: Conditions | None = None,
@@ -183,8 +183,11 @@ class CostModel:
         shape, conditions = shape or ModelShape(), conditions or Conditions()
         call = _call(op_type, batch_size, seq_len, phase)
         return self.breakdown_of(
-            OPS[op_type](shape, call), conditions, self._flags(shape, call, conditions.extrapolate)
+            self._counts(op_type, shape, call), conditions, self._flags(shape, call, conditions.extrapolate)
         )
+
+    def _counts(self, op_type: str, shape: ModelShape, call: Call) -> Counts:
+        return counts_of(op_type, shape, call, graphed_batch=self.profile.decode_graph_batch)
 
     def breakdown_of(self, counts: Counts, conditions: Conditions, flags: tuple[str, ...] = ()) -> CostBreakdown:
         """Joules by cause of any counts, for workloads that are not in `OPS`."""

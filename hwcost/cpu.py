@@ -53,6 +53,9 @@ class UnreadableFields:
     def sm_clock_mhz(self) -> float:
         raise FieldUnavailableError("no clock")
 
+    def memory_clock_mhz(self) -> float:
+        raise FieldUnavailableError("no clock")
+
     def throttle_reasons(self) -> int:
         raise FieldUnavailableError("no throttle reasons")
 

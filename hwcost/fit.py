@@ -66,6 +66,7 @@ def fit_profile(
         energy=energy,
         seconds=seconds,
         host_s_per_launch=host_s_per_launch,
+        decode_graph_batch=_graph_batch(calibration.points),
         cap_w=cap_w,
         thermal=_thermal(calibration),
         pressure=Pressure(retry_s=device.get("retry_s", Pressure().retry_s)),
@@ -82,6 +83,11 @@ def _idle(points: Sequence[Point]) -> tuple[float, float]:
         raise ValueError("calibration points: expected an idle window named idle-bare, got none")
     bare = power["idle-bare"]
     return bare, max(0.0, power.get("idle-context", bare) - bare)
+
+
+def _graph_batch(points: Sequence[Point]) -> float:
+    """The largest batch whose decode step was the hand-made one; 0 where none was."""
+    return max((step_call(p.params).batch_size for p in points if p.found.get("own_step")), default=0.0)
 
 
 def _reference_c(points: Sequence[Point]) -> float:

@@ -21,6 +21,7 @@ class PowerSample:
     sm_utilization: float | None = None
     memory_utilization: float | None = None
     sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
     throttle_reasons: int | None = None
     phase: str | None = None
     modelled_power_w: float | None = None

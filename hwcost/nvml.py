@@ -25,7 +25,7 @@ from hwcost.readers import (
 POWER_INSTANT_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 TOTAL_POWER_SAMPLES = 0  # NVML_TOTAL_POWER_SAMPLES
 TEMPERATURE_GPU = 0
-CLOCK_SM = 1
+CLOCK_SM, CLOCK_MEMORY = 1, 2
 THRESHOLD_SLOWDOWN = 1
 
 THROTTLE_REASONS = {
@@ -235,6 +235,10 @@ class NvmlReader:
     def sm_clock_mhz(self) -> float:
         with self.nvml.translate():
             return float(self.nvml.module.nvmlDeviceGetClockInfo(self.handle, CLOCK_SM))
+
+    def memory_clock_mhz(self) -> float:
+        with self.nvml.translate():
+            return float(self.nvml.module.nvmlDeviceGetClockInfo(self.handle, CLOCK_MEMORY))
 
     def throttle_reasons(self) -> int:
         module = self.nvml.module

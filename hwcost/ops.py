@@ -35,6 +35,9 @@ PHASES = ("train", "prefill", "decode")
 _DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2, "fp32": 4, "float32": 4}
 # Fused AdamW on fp32 states: read p, g, m, v; write p, m, v.
 _ADAMW_BYTES = 28
+# Kernels of `moe.decoding` per block (norm and QKV, attention, projection, norm and router, three of the experts) and
+# around the blocks (embedding, norm, head, choice).
+_GRAPHED_PER_BLOCK, _GRAPHED_AROUND = 7.0, 4.0
 _BACKWARD_ATTENTION = 2.5  # FLOPs of FlashAttention's backward over its forward (Dao 2023, §3)
 
 
@@ -319,14 +322,22 @@ def decode_step(shape: ModelShape, call: Call) -> Counts:
     return _model(shape, dataclasses.replace(call, phase="decode"))
 
 
-def counts_of(op_type: str, shape: ModelShape, call: Call) -> Counts:
+def counts_of(op_type: str, shape: ModelShape, call: Call, *, graphed_batch: float = 0.0) -> Counts:
     """Counts of a call of one of `OPS`, host launches included.
+
+    Args:
+        graphed_batch: up to this batch a decode step is the hand-made one (`moe.decoding`), which starts few kernels.
 
     Raises:
         KeyError: an unknown operation.
     """
     counts = OPS[op_type](shape, call)
-    return counts if call.phase == "decode" else dataclasses.replace(counts, host_launches=counts.launches)
+    if call.phase != "decode":
+        return dataclasses.replace(counts, host_launches=counts.launches)
+    if op_type != "decode_step" or call.batch_size > graphed_batch:
+        return counts
+    launches = _GRAPHED_PER_BLOCK * shape.num_layers + _GRAPHED_AROUND
+    return dataclasses.replace(counts, launches=min(counts.launches, launches))
 
 
 OPS: dict[str, Callable[[ModelShape, Call], Counts]] = {

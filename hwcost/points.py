@@ -144,7 +144,10 @@ def step_call(params: Mapping[str, Any]) -> Call:
 
 
 def _step(params: Mapping[str, Any], found: Mapping[str, float]) -> Counts:
-    return counts_of(params["op"], step_shape(params, found), step_call(params))
+    call = step_call(params)
+    return counts_of(
+        params["op"], step_shape(params, found), call, graphed_batch=call.batch_size if found.get("own_step") else 0.0
+    )
 
 
 def _gemm(p: Mapping[str, Any], found: Mapping[str, float]) -> Counts:

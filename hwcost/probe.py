@@ -41,6 +41,7 @@ def probe_fields(reader: DeviceReader, *, seconds: float = 1.0) -> tuple[FieldPr
         ("memory", reader.memory_used_bytes, 0.0),
         ("utilization", reader.utilization, 0.0),
         ("sm_clock", reader.sm_clock_mhz, 0.0),
+        ("memory_clock", reader.memory_clock_mhz, 0.0),
         ("throttle_reasons", reader.throttle_reasons, 0.0),
         ("processes", reader.processes, 0.0),
     ]

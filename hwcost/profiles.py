@@ -43,6 +43,7 @@ class Profile:
         active_w: what a busy GPU draws beside, whatever it computes (clocks, fans, leakage at the reference).
         energy: joules per unit of each counter of `hwcost.ops.COUNTERS`.
         seconds: seconds of device time per unit of each counter.
+        decode_graph_batch: largest batch at which a decode step was the hand-made one (`moe.decoding`).
         host_s_per_launch: seconds that a host thread takes to dispatch a kernel of a whole step.
         cap_w: highest mean power seen under load; the board lowers its clocks to stay there. None: not seen.
         leak_w_per_c, leak_from_c: P_leak = leak_w_per_c · max(0, T − leak_from_c).
@@ -63,6 +64,7 @@ class Profile:
     energy: Mapping[str, float]
     seconds: Mapping[str, float]
     host_s_per_launch: float = 0.0
+    decode_graph_batch: float = 0.0
     cap_w: float | None = None
     leak_w_per_c: float = 0.0
     leak_from_c: float = 30.0

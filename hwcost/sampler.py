@@ -260,6 +260,7 @@ class DeviceSampler:
         self._read_due("memory_bytes", reader.memory_used_bytes, now)
         self._read_due("utilization", reader.utilization, now)
         self._read_due("sm_clock_mhz", reader.sm_clock_mhz, now)
+        self._read_due("memory_clock_mhz", reader.memory_clock_mhz, now)
         self._read_due("throttle_reasons", reader.throttle_reasons, now)
         if self._read_due("processes", reader.processes, now, PROCESSES_EVERY_S):
             self._occupancy = occupancy(self._last["processes"])
@@ -286,6 +287,7 @@ class DeviceSampler:
             sm_utilization=sm,
             memory_utilization=memory,
             sm_clock_mhz=last.get("sm_clock_mhz"),
+            memory_clock_mhz=last.get("memory_clock_mhz"),
             throttle_reasons=last.get("throttle_reasons"),
             phase=phase,
             modelled_power_w=modelled_w,

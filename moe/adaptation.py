@@ -208,6 +208,11 @@ class EnergyAwareTTTRouter:
         """Chunks between two updates, so that updating stays within its share of the work."""
         return max(1, math.ceil(self._cost_ratio / self.settings.update_share))
 
+    @property
+    def update_due(self) -> bool:
+        """Whether the next `ttt_update` learns, unless it is told not to."""
+        return self._chunks >= self.update_every and self._seen_BS is not None and not self.suspended
+
     def note_cost(self, ratio: float) -> None:
         """Measured cost of an update over that of a chunk."""
         if math.isfinite(ratio) and ratio > 0:
@@ -222,9 +227,8 @@ class EnergyAwareTTTRouter:
         """
         events: list[str] = []
         measured = None if feedback is None else self._hear(feedback, events)
-        due = self._chunks >= self.update_every if update is None else update
         kl, delta, updated = 0.0, None, False
-        if due and self._seen_BS is not None and not self.suspended:
+        if self.update_due if update is None else update and self._seen_BS is not None and not self.suspended:
             self._chunks = 0
             kl, delta = self._learn(events, measured)
             updated = kl > 0

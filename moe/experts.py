@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from moe import native_ops
 from moe.dispatch import Weights, grouped, loop, neuron_slices
 from moe.sorted_cpu import sorted_rows
 
@@ -24,6 +25,7 @@ Dispatch = Callable[[Tensor, Tensor, Tensor, Weights, Sequence[int]], Tensor]
 DISPATCHES: dict[str, Dispatch] = {
     "loop": loop,
     "sorted": sorted_rows,
+    "native": native_ops.experts,
     "grouped_mm": grouped,
 }
 
@@ -40,7 +42,7 @@ def _automatic(x_TD: Tensor, weights: Weights, widths: Sequence[int]) -> str:
     """The fastest path that serves this device, type and shape."""
     if fused is not None and fused.supported(x_TD, weights, widths):
         return "triton"
-    return "grouped_mm" if x_TD.is_cuda and x_TD.dtype != torch.float64 else "sorted"
+    return "grouped_mm" if x_TD.is_cuda and x_TD.dtype != torch.float64 else "native"
 
 
 class Experts(nn.Module):

@@ -37,10 +37,10 @@ class Tiles(NamedTuple):
 
 
 TILES: dict[str, Tiles] = {
-    "up": Tiles(128, 128, 64, 4, 2),
-    "up_backward": Tiles(128, 128, 64, 4, 2),
-    "down": Tiles(128, 256, 32, 8, 4),
-    "weight": Tiles(128, 256, 32, 8, 4),
+    "up": Tiles(128, 128, 64, 4, 3),
+    "up_backward": Tiles(128, 128, 32, 4, 4),
+    "down": Tiles(128, 256, 64, 8, 3, 16),
+    "weight": Tiles(128, 256, 64, 8, 3, 16),
 }
 # Half the reduction per step keeps four-byte operands within shared memory.
 TILES_FP32 = {name: Tiles(64, 64, 32, 4, 2) for name in TILES}
@@ -227,8 +227,10 @@ def bias_gradient(partial: Tensor, plan: Schedule, widths: Sequence[int], ragged
     N, columns = len(widths), partial.shape[1]
     total = partial.new_empty(sum(widths) if ragged else (N, columns))
     offsets = _offsets(tuple(widths), partial.device)
-    grid = (N, triton.cdiv(columns, 128))
-    kernels.sum_partials[grid](partial, plan.start_N, offsets, total, columns, ROWS=rows, RAGGED=ragged, COLS=128)
+    grid = (N, triton.cdiv(columns, 64))
+    kernels.sum_partials[grid](
+        partial, plan.start_N, offsets, total, columns, ROWS=rows, RAGGED=ragged, AT_ONCE=16, COLS=64
+    )
     return total
 
 

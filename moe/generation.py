@@ -158,6 +158,12 @@ def _serves(model: Any, ids_BS: Tensor, stopping: Any, options: Any, kwargs: dic
     """Whether the graph gives what was asked for."""
     if decoding is None or not ids_BS.is_cuda or model.training or torch.compiler.is_compiling():
         return False
+    fits = ids_BS.shape[0] <= decoding.MAX_BATCH and (stopping.max_length or 10**9) <= model.config.n_positions
+    return fits and _plain(ids_BS, stopping, options, kwargs) and decoding.unsupported(model) is None
+
+
+def _plain(ids_BS: Tensor, stopping: Any, options: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for tokens and nothing else, from ids, with a cache of its own."""
     cache: Any = kwargs.get("past_key_values")
     mask = kwargs.get("attention_mask")
     asked = (
@@ -166,14 +172,22 @@ def _serves(model: Any, ids_BS: Tensor, stopping: Any, options: Any, kwargs: dic
         not kwargs.get("use_cache", True),
         kwargs.get("inputs_embeds") is not None,
         kwargs.get("token_type_ids") is not None,
-        kwargs.get("position_ids") is not None,
     )
     fresh = type(cache) in (DynamicCache, StaticCache) and cache.get_seq_length() == 0
     fresh = bool(fresh and not getattr(cache, "_is_user_defined", False))
     known = all(type(c).__name__ in ("MaxLengthCriteria", "EosTokenCriteria") for c in stopping)
-    fits = ids_BS.shape[0] <= decoding.MAX_BATCH and (stopping.max_length or 10**9) <= model.config.n_positions
     whole = mask is None or (mask.ndim == 2 and mask.shape == ids_BS.shape)
-    return not any(asked) and fresh and known and fits and whole and decoding.unsupported(model) is None
+    return not any(asked) and fresh and known and whole and _counts_from_zero(kwargs.get("position_ids"), mask, ids_BS)
+
+
+def _counts_from_zero(position_BS: Tensor | None, mask_BS: Tensor | None, ids_BS: Tensor) -> bool:
+    """Whether positions are those that `generate` itself gives: counted from each sequence's first token."""
+    if position_BS is None:
+        return True
+    mask_BS = torch.ones_like(ids_BS) if mask_BS is None else mask_BS
+    if position_BS.shape[-1] != ids_BS.shape[1]:
+        return False
+    return not bool(((position_BS - (mask_BS.cumsum(1) - 1)) * mask_BS).any())
 
 
 def _stop_tokens(stopping: Any) -> tuple[int, ...]:

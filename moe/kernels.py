@@ -157,7 +157,10 @@ def spread_gradient(
 
 
 @triton.jit
-def sum_partials(partial_GW, start_N, offset_N, total, W, ROWS: tl.constexpr, RAGGED: tl.constexpr, COLS: tl.constexpr):
+def sum_partials(
+    partial_GW, start_N, offset_N, total, W, ROWS: tl.constexpr, RAGGED: tl.constexpr, AT_ONCE: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
     """Per expert, the sum over its row groups: total[n] of D columns, or of the expert's own neurons (RAGGED)."""
     n = tl.program_id(0)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -167,10 +170,12 @@ def sum_partials(partial_GW, start_N, offset_N, total, W, ROWS: tl.constexpr, RA
     if RAGGED:
         place = tl.load(offset_N + n)
         width = tl.load(offset_N + n + 1) - place
-    value = tl.zeros((COLS,), tl.float32)
-    for group in range(begin, end):
-        value += tl.load(partial_GW + group * W + col, mask=col < width, other=0.0)
-    tl.store(total + place + col, value.to(total.dtype.element_ty), mask=col < width)
+    value = tl.zeros((AT_ONCE, COLS), tl.float32)
+    for first in range(begin, end, AT_ONCE):
+        group = first + tl.arange(0, AT_ONCE)
+        mask = (group < end)[:, None] & (col < width)[None, :]
+        value += tl.load(partial_GW + group[:, None] * W + col[None, :], mask=mask, other=0.0)
+    tl.store(total + place + col, tl.sum(value, 0).to(total.dtype.element_ty), mask=col < width)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from moe.config import MoEGPT2Config
 from moe.experts import Experts
 from moe.generation import GraphedGeneration
-from moe.head import causal_lm_loss
+from moe.native_ops import Attention, Dropout, head_loss
 from moe.plain import PlainExperts
 from moe.regularizers import REGULARIZERS, Regularizer, kl_gibbs
 from moe.routers import ROUTERS, Router, initial_buffers
@@ -59,7 +59,7 @@ class MoEMLP(nn.Module):
         self.router: Router = ROUTERS[config.router](config, layer_idx)
         self.experts = PlainExperts(config) if config.plain_experts else Experts(config)
         self.shared = GPT2MLP(config.shared_expert_width, config) if config.shared_expert_width else None
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
@@ -76,6 +76,7 @@ class MoEGPT2Block(GPT2Block):
 
     def __init__(self, config: MoEGPT2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)
+        self.attn = Attention(config, layer_idx)
         self.mlp = MoEMLP(config, layer_idx)
 
     def forward(
@@ -127,7 +128,7 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
         config.check()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         blocks = (MoEGPT2Block if i in config.moe_layer_indices else GPT2Block for i in range(config.n_layer))
         self.h = nn.ModuleList(block(config, layer_idx=i) for i, block in enumerate(blocks))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -166,16 +167,22 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        whole = position_ids is None and attention_mask is None and past_key_values is None
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        if whole and self.config._attn_implementation == "sdpa":
+            # transformers writes a mask out whenever it is being compiled (before torch 2.14), and with a mask the
+            # attention kernels compute both triangles; without one they take `is_causal`.
+            causal_mask = None
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         tokens = describe_tokens(inputs_embeds, input_ids, position_ids, attention_mask, token_mask)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         routings = []
@@ -266,7 +273,7 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GraphedGeneration, GenerationMi
         loss = lm_loss = aux_loss = None
         if labels is not None:
             if logits is None:
-                lm_loss = causal_lm_loss(output.last_hidden_state, self.lm_head.weight, labels, num_items_in_batch)
+                lm_loss = head_loss(output.last_hidden_state, self.lm_head.weight, labels, num_items_in_batch)
             else:
                 lm_loss = ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch)
             loss = lm_loss

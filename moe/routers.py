@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.gate import gate_logits
 from moe.hashing import hash_TE, permute_tokens
 from moe.routing import Routing, Tokens
 
@@ -72,12 +73,12 @@ class Router(nn.Module, abc.ABC):
         """Route T tokens. Must not synchronise with the host, and must not change a buffer."""
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """z_TE in float32 whatever the model computes in: bfloat16 has too few digits to rank experts."""
+        """z_TE in float32 whatever the model computes in. Under autocast the gate reads what the experts read."""
+        if torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         if self.jitter > 0 and self.training:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.to(dtype), self.gate.weight.to(dtype)) + self.offset_E
+        return gate_logits(x_TD, self.gate.weight) + self.offset_E
 
     def biased(self, score_TE: Tensor) -> Tensor:
         """The score that selects: with the balancing bias, without the price."""

@@ -9,14 +9,14 @@ import logging
 import os
 import platform
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from ray import tune
 
 from hwcost import EnergyMonitor
-from pipelines import recover
+from pipelines import anchors, recover
 from pipelines.config import TrialConfig
 from pipelines.heartbeat import Keeper, keeper_of
 from pipelines.journal import Journal, process_start
@@ -34,6 +34,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
     monitor: EnergyMonitor | None = None
     keeper: Keeper | None = None
     trial: Trial | None = None
+    measure_anchor: ClassVar[anchors.Measure] = staticmethod(anchors.measure)
+    anchor_actor: ClassVar[type[anchors.AnchorActor]] = anchors.AnchorActor
 
     def setup(self, config: dict[str, Any]) -> None:
         """Warm up the process. The attempt is claimed by the first step: Tune makes actors that it never uses."""
@@ -44,13 +46,16 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
         config = self.config
         journal, store = Journal(config["out"], config["sweep_id"]), Store(config["out"])
         assert self.monitor is not None
+        anchor = anchors.at_start(store, self.monitor, config, measure=type(self).measure_anchor)
         self.monitor.system.clear()
         trial_id = config["trial"]["trial_id"]
         parsed = TrialConfig.parse({k: v for k, v in config["trial"].items() if k != "trial_id"})
         spent_j = recover.spent_before(store, config["sweep_id"], trial_id, journal.attempts(trial_id))
         attempt = journal.claim(trial_id, self._claim(parsed, spent_j))
         key = TrialKey(sweep_id=config["sweep_id"], trial_id=trial_id, attempt=attempt)
-        return Trial(parsed, key, store, self.monitor, journal=journal, spent_j=spent_j, keeper=self.keeper)
+        board = {"anchor_j_per_token": None if anchor.shared else anchor.j_per_token}
+        how: dict[str, Any] = {"journal": journal, "spent_j": spent_j, "keeper": self.keeper, "board": board}
+        return Trial(parsed, key, store, self.monitor, **how)
 
     def step(self) -> dict[str, Any]:
         """Advance the trial; the result carries the row that was made (as text, which Tune does not take apart)."""

@@ -17,7 +17,7 @@ from moe import BudgetController, EnergyAwareTTTRouter, Reach, TTTSettings
 from pipelines.adapting import Stream, Window, dithered, measure_reach, price_learner, thermal_guard
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError, TrialConfig
-from pipelines.model import set_prices
+from pipelines.model import compiled_forward, set_prices
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import AdaptRecord, PowerRecord, Store, TrialRecord
 from pipelines.trial_rows import TrialKey, config_columns, price_columns
@@ -67,6 +67,9 @@ class Adaptation:
         self.origin_s, self.started_at = monitor.clock.monotonic(), dt.datetime.now(dt.UTC)
         assert loaded.prices is not None
         set_prices(loaded.model, loaded.prices["prefill"])
+        if loaded.hardware.dtype == "bf16":  # nothing is trained but biases, which stay float32
+            loaded.model.to(torch.bfloat16)
+        self.forward = compiled_forward(loaded.model) if loaded.hardware.compile else None
         self.cost_model = CostModel.for_device(loaded.hardware.gpu_name, loaded.hardware.power_limit_w)
         self.shape = model_shape(loaded)
 
@@ -76,7 +79,9 @@ class Adaptation:
         device = loaded.hardware.device
         canary_BS = loaded.corpus.splits["validation"].blocks_NS[:CANARY_BLOCKS].to(device).long()
         settings = dataclasses.replace(plan.settings, min_window_s=min(plan.settings.min_window_s, plan.window_s))
-        ttt = EnergyAwareTTTRouter(loaded.model, canary_BS=canary_BS, controller=controller, settings=settings)
+        ttt = EnergyAwareTTTRouter(
+            loaded.model, canary_BS=canary_BS, controller=controller, settings=settings, forward=self.forward
+        )
         on_gpu = device.type == "cuda"
         return Stream(
             ttt,

@@ -5,6 +5,7 @@ Shapes: B sequences, S positions of a chunk, E experts.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,24 @@ class Counts:
         self.opens = opens if self.opens is None else self.opens + opens
 
 
+class Pace:
+    """Keeps the host one chunk ahead of a CUDA device, so that it waits neither for a chunk's end before the next is
+    launched nor runs away from the clock. On a CPU there is nothing to wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu, self.flying = device.type == "cuda", collections.deque[Any]()
+
+    def wait(self) -> None:
+        """A chunk was launched: until the one before it is done."""
+        if not self.on_gpu:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.flying.append(event)
+        if len(self.flying) > 1:
+            self.flying.popleft().synchronize()
+
+
 class Stream:
     """Windows of work on an endless stream of chunks.
 
@@ -87,7 +106,8 @@ class Stream:
         self.ttt, self.monitor, self.window_s, self.synchronize = ttt, monitor, window_s, synchronize
         self.blocks_NS, self.batch_size, self.most_batch, self.thermal = blocks_NS, batch_size, batch_size, thermal
         self.at, self.index = 0, 0
-        self.counts = Counts()
+        self.device = ttt.canary_BS.device
+        self.counts, self.pace = Counts(), Pace(self.device)
         self.learner: PriceLearner | None = None
         self.read_counts: Callable[[Counts, Measurement], tuple[dict[str, float], float] | None] | None = None
 
@@ -95,7 +115,10 @@ class Stream:
         """The next chunk, [B, S]; at the end of the text from its start again."""
         rows = torch.arange(self.at, self.at + self.batch_size) % len(self.blocks_NS)
         self.at = (self.at + self.batch_size) % len(self.blocks_NS)
-        return self.blocks_NS[rows].to(self.ttt.canary_BS.device).long()
+        block_BS = self.blocks_NS[rows]
+        if self.device.type == "cuda":
+            block_BS = block_BS.pin_memory()  # a copy from other memory would wait for the chunk in flight
+        return block_BS.to(self.device, non_blocking=True).long()
 
     def run(self, windows: int, *, tell: bool = True) -> Iterator[Window]:
         """So many windows, each yielded once its joules are known, which is a moment into the next one.
@@ -143,8 +166,11 @@ class Stream:
         chunk_BS = self.chunk()
         loss = self.ttt.predict(chunk_BS)
         fields["counts"].add(self.ttt.seen_routing, chunk_BS.numel())
-        fields["loss"] += float(loss) * chunk_BS.numel()
+        fields["loss"] += loss.double() * chunk_BS.numel()  # on the device: nothing waits for it before the window ends
         fields["tokens"] += chunk_BS.numel()
+        self.pace.wait()
+        if self.ttt.update_due:
+            self.synchronize()
         predicted_s = time.monotonic()
         fields["chunk_s"].append(predicted_s - start_s)
         report = self.ttt.ttt_update()
@@ -180,7 +206,7 @@ class Stream:
         kept = {
             name: fields[name] for name in ("index", "energy_lambda", "batch_size", "tokens", "updates", "update_s")
         }
-        loss = fields["loss"] / fields["tokens"]
+        loss = float(fields["loss"]) / fields["tokens"]
         return Window(loss_nats=loss, measurement=measured, report=report, events=tuple(events), **kept)
 
     def _cool(self, temperature_c: float | None) -> list[str]:

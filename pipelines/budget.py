@@ -37,6 +37,7 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
     Args:
         read_j: joules of the sweep so far, lost work and idle time included; None where nothing is counted.
         before_s: seconds of earlier sessions.
+        reserve_j: joules that will be needed after the last trial.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         read_j: Callable[[], float | None],
         rows: Sequence[TrialRecord] = (),
         before_s: float = 0.0,
+        reserve_j: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self.plan, self.read_j = plan, read_j
+        self.plan, self.read_j, self.reserve_j = plan, read_j, reserve_j
         self.reason: str | None = None
         self._start_s = time.monotonic() - before_s
         self._points: list[tuple[float, float]] = []
@@ -79,8 +81,12 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
             return f"stop_when_hypervolume_stalls: the last {plan.stall} trials added nothing to the front"
         if plan.max_joules is not None:
             spent_j = self.read_j()
-            if spent_j is not None and spent_j >= plan.max_joules:
-                return f"max_joules: {spent_j:,.0f} J of {plan.max_joules:,.0f} J are spent"
+            if spent_j is None:
+                return None
+            reserve_j = self.reserve_j()
+            if spent_j + reserve_j >= plan.max_joules:
+                kept = f", {reserve_j:,.0f} J are kept for the anchor" if reserve_j else ""
+                return f"max_joules: {spent_j:,.0f} J of {plan.max_joules:,.0f} J are spent{kept}"
         return None
 
     def __getstate__(self) -> dict[str, object]:

@@ -6,6 +6,8 @@ Shape legend: B sequences, S tokens per sequence, V vocabulary, E experts, K cho
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +18,12 @@ from hwcost.anchor import AnchorStep
 from hwcost.ops import ModelShape
 from hwcost.points import step_shape
 from hwcost.probes import BUILDERS, Builder, Workload
-from moe import MoEGPT2Config, MoEGPT2LMHeadModel
+from moe import MoEGPT2Config, MoEGPT2LMHeadModel, generation
+from moe.dense import without_experts
 from pipelines.config import TrialConfig
 from pipelines.data import TokenSplit
 from pipelines.model import Hardware, moe_config_of
-from pipelines.training import Trainer
+from pipelines.training import Trainer, batches
 
 _SEQUENCES_PER_EPOCH = 192  # half a second or so between two waits for the device
 _LEAST_STEPS = 8
@@ -78,12 +81,13 @@ class TrainStep:
     def park(self) -> None:
         """The weights stay: moving them would cost a second a time, and they are small beside a step's activations."""
         self.trainer.optimizer.state.clear()
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        self.trainer.drop_capture()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def unpark(self) -> None:
-        """The optimizer makes its state anew in the first step."""
+        """The optimizer makes its state anew in the first step; the graph is captured again."""
+        self.trainer.capture(next(batches(self.trainer.split, self.trainer.config, 0, self.device)))
 
 
 def _text(rows: int, length: int, vocab_size: int) -> TokenSplit:
@@ -113,9 +117,7 @@ def _trial_config(shape: ModelShape, batch: int, length: int) -> TrialConfig:
 
 def _model(config: TrialConfig, dense: transformers.GPT2Config) -> Any:
     if config.is_dense:
-        model = transformers.GPT2LMHeadModel(dense)
-        model.loss_type = "ForCausalLM"  # the class name says nothing to transformers, and its warning breaks the graph
-        return model
+        return without_experts(transformers.GPT2LMHeadModel(dense))
     return MoEGPT2LMHeadModel(moe_config_of(config, dense))
 
 
@@ -155,7 +157,8 @@ def _inference_model(shape: ModelShape, batch: int, length: int, device: torch.d
 
 
 class DecodeStep:
-    """One token for B sequences over a static cache, bf16 weights; on a GPU compiled and replayed as a CUDA graph.
+    """One token for B sequences over a full cache, bf16 weights. On a GPU it is the graph that `generate` replays, and
+    for batches that it does not serve the model's own forward over a static cache, compiled and captured.
 
     `open` experts per layer receive tokens, the others are barred by their logit offset, so that one compiled
     step serves every number of open experts.
@@ -171,15 +174,18 @@ class DecodeStep:
         self.position_11 = torch.full((1, 1), self.context - 1, device=device)
         self.cache = transformers.StaticCache(config=self.model.config, max_cache_len=self.context)
         self._fill_cache()
+        self.own_step = False
         self._replay = self._captured()
 
     def configure(self, params: Mapping[str, Any]) -> dict[str, float]:
-        """Bar all but the first `open` experts; tells how many were open, on average over the layers."""
+        """Bar all but the first `open` experts; tells how many were open, on average over the layers, and whether the
+        step is `generate`'s own.
+        """
         offset_E = torch.zeros(self.shape.num_experts)
         offset_E[int(params["open"]) :] = _CLOSED
         for router in self.model.routers:
             router.offset_E.copy_(offset_E)
-        return {"open_experts": self._open_experts()}
+        return {"open_experts": self._open_experts(), "own_step": float(self.own_step)}
 
     @torch.no_grad()
     def run(self) -> int:
@@ -225,10 +231,43 @@ class DecodeStep:
         routings = self._forward(output_routing=True).routing
         return sum(routing.expert_TK.unique().numel() for routing in routings) / len(routings)
 
-    @torch.no_grad()
     def _captured(self) -> Callable[[], object]:
         if self.device.type != "cuda":
             return self._forward
+        own = None
+        try:
+            own = self._graphed(torch.bfloat16)
+        except Exception as error:
+            warnings.warn(f"the captured decode step is not used: {type(error).__name__}: {error}", stacklevel=2)
+        return own or self._compiled()
+
+    @torch.no_grad()
+    def _graphed(self, dtype: torch.dtype, *, graph: bool = True) -> Callable[[], object] | None:
+        """The step of `moe.decoding`, held at the last place of the cache: it stores its logits and chooses nothing.
+        None where `generate` would not use it, here or at all.
+        """
+        decoding: Any = getattr(generation, "decoding", None)  # None without Triton
+        if decoding is None or self.batch > decoding.MAX_BATCH or (graph and decoding.unsupported(self.model)):
+            return None
+        places = -(-(self.context + decoding.SPARE) // decoding.CACHE_MULTIPLE) * decoding.CACHE_MULTIPLE
+        decoder = decoding.Decoder(self.model, self.batch, places, (), dtype, graph=graph)
+        for layer, keys, values in zip(self.cache.layers, decoder.keys, decoder.values, strict=True):
+            keys[:, :, : self.context].copy_(layer.keys)
+            values[:, :, : self.context].copy_(layer.values)
+        decoder.mask_TL.fill_(1)
+        decoder.token_T.copy_(self.ids_B1[:, 0])
+        for place_T in (decoder.position_T, decoder.length_T):
+            place_T.fill_(self.context - 1)
+        decoder.prepare(True)
+        decoder.step(sampled=True)
+        error = float(generation._distance(decoder.logits_TV.float(), self._forward().logits[:, -1].float()))
+        self.own_step = error < generation.TOLERANCE
+        if not self.own_step:
+            warnings.warn(f"the captured decode step is not used: its logits are {error:.3f} off", stacklevel=2)
+        return functools.partial(decoder.step, True) if self.own_step else None
+
+    @torch.no_grad()
+    def _compiled(self) -> Callable[[], object]:
         step = torch.compile(self._next, fullgraph=True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -14,6 +14,7 @@ import transformers
 
 from hwcost import EnergyMonitor
 from moe import MoEGPT2LMHeadModel
+from moe.dense import without_experts
 from pipelines.config import DENSE, ConfigError, TrialConfig
 from pipelines.data import Corpus, load_corpus
 from pipelines.model import Hardware, prices_of
@@ -55,7 +56,8 @@ def load_checkpoint(path: str, values: Mapping[str, Any], monitor: EnergyMonitor
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(f"checkpoint: expected a model in {path}, got {reason}") from None
-    model.config.loss_type = "ForCausalLM"
+    if config.is_dense:
+        model = without_experts(model)
     corpus = load_corpus(config)
     if corpus.vocab_size > model.config.vocab_size:
         raise ConfigError(

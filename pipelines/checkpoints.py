@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import safetensors.torch
 import torch
 
+from moe.dense import to_gpt2
 from pipelines.faults import passing
 from pipelines.journal import Journal
 
@@ -57,7 +58,10 @@ class Checkpoints:
         self.prune(keep=epoch)
 
     def save_final(self, model: Any) -> None:
-        """Write the trained model as a folder that `from_pretrained` reads."""
+        """Write the trained model as a folder that `from_pretrained` reads; one without experts as GPT-2, a base for
+        others."""
+        if not model.config.moe_layer_indices:
+            model = to_gpt2(model)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             names = sorted(os.listdir(folder), key=lambda name: name == "config.json")

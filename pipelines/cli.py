@@ -60,6 +60,13 @@ def sweep(
     stall: Annotated[
         int | None, typer.Option("--stop-when-hypervolume-stalls", help="End when so many trials added nothing.")
     ] = None,
+    anchor: Annotated[
+        bool | None,
+        typer.Option(
+            "--anchor/--no-anchor",
+            help="Measure a fixed workload for 10 s on every GPU at both ends, so that boards compare. [default: on]",
+        ),
+    ] = None,
     retries: Annotated[int, typer.Option(min=0, help="Further attempts of a trial whose process died.")] = 2,
     timeout: Annotated[
         float | None, typer.Option("--trial-timeout", help="Seconds without a report: the trial hangs.")
@@ -78,6 +85,7 @@ def sweep(
 
     options: dict[str, Any] = {"search": search, "samples": samples, "seeds": seeds, "scheduler": scheduler}
     options |= {"objectives": objectives, "max_joules": max_joules, "max_hours": max_hours, "stall": stall}
+    options |= {"anchor": anchor}
     overrides = _overrides(settings, base=base, tokenizer=tokenizer, data=data)
     if sweep_id is not None and resume is None and Journal(out, sweep_id).has("plan.json"):
         space, resume, overrides, options = None, sweep_id, {}, {}

@@ -157,6 +157,8 @@ def compare(
         console.print(f"At equal joules the loss differs by {loss.mean:+.4f} nat on average ({span}).", markup=False)
     for left in found.left_out:
         console.print(f"left out: {left.count} × {left.reason}", markup=False)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def report(
@@ -174,6 +176,7 @@ def report(
     from pipelines.records import Store
     from pipelines.report import Bill, write_report
     from pipelines.report import watch as follow
+    from pipelines.tracking import Tracker
 
     bill = Bill(decode_tokens=decode_tokens, price_per_kwh=price_per_kwh, co2_g_per_kwh=co2_per_kwh)
     with _one_line():
@@ -185,7 +188,10 @@ def report(
             except KeyboardInterrupt:
                 return
         links, lines = _links(out, sweep_id, tracking_uri)
-        for path in write_report(out, sweep_id, links=links, bill=bill, papers="all" if every_figure else "few"):
+        paths = write_report(out, sweep_id, links=links, bill=bill, papers="all" if every_figure else "few")
+        if links:
+            Tracker.open(out, tracking_uri).attach(sweep_id, paths)
+        for path in paths:
             typer.echo(str(path))
     for line in lines:
         typer.echo(line)

@@ -23,6 +23,7 @@ import pyarrow as pa
 from scipy import stats as distributions
 
 from pipelines import fronts, hygiene, seeds, select
+from pipelines.boards import with_anchors
 from pipelines.hygiene import Context, LeftOut
 from pipelines.pareto import LABELS
 from pipelines.records import PointRecord, Store, TrialRecord
@@ -171,7 +172,7 @@ def _rows(
         raise ValueError(f"table: expected one of {sorted(kinds)}, got {table!r}")
     if not isinstance(source, pa.Table):
         store = source if isinstance(source, Store) else Store(source)
-        source = store.read(kinds[table], sweep_id)
+        source = with_anchors(store.read(kinds[table], sweep_id), store, sweep_id)
     for name in (x, y):
         if name not in source.column_names:
             raise ValueError(f"axis: expected a numeric column of {table!r}, got {name!r}")

@@ -79,7 +79,13 @@ def _forward(model: Any, block_BS: torch.Tensor, hardware: Hardware, *, dense: b
 
 
 def measure_prefill(
-    model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware, monitor: EnergyMonitor
+    model: Any,
+    split: TokenSplit,
+    config: TrialConfig,
+    hardware: Hardware,
+    monitor: EnergyMonitor,
+    *,
+    modelled_power_w: float | None = None,
 ) -> PhaseEnergy:
     """Joules per prompt token of a forward pass over full blocks."""
     block_BS, _ = next(_batches(split, config.batch_size, hardware.device))
@@ -88,11 +94,18 @@ def measure_prefill(
         with torch.no_grad(), hardware.autocast():
             model(input_ids=block_BS, use_cache=False, logits_to_keep=1)
 
-    return _repeat(once, block_BS.numel(), "prefill", config, hardware, monitor)
+    return _repeat(once, block_BS.numel(), "prefill", config, hardware, monitor, modelled_power_w)
 
 
 def measure_decode(
-    model: Any, split: TokenSplit, batch: int, config: TrialConfig, hardware: Hardware, monitor: EnergyMonitor
+    model: Any,
+    split: TokenSplit,
+    batch: int,
+    config: TrialConfig,
+    hardware: Hardware,
+    monitor: EnergyMonitor,
+    *,
+    modelled_power_w: float | None = None,
 ) -> PhaseEnergy:
     """Joules per generated token of greedy decoding at a batch, prompts included as a generation must."""
     rows = torch.arange(batch) % len(split.blocks_NS)
@@ -111,17 +124,23 @@ def measure_decode(
             )
 
     tokens = batch * config.decode_new_tokens
-    return _repeat(once, tokens, f"decode_b{batch}", config, hardware, monitor)
+    return _repeat(once, tokens, f"decode_b{batch}", config, hardware, monitor, modelled_power_w)
 
 
 def _repeat(
-    once: Callable[[], None], tokens: int, name: str, config: TrialConfig, hardware: Hardware, monitor: EnergyMonitor
+    once: Callable[[], None],
+    tokens: int,
+    name: str,
+    config: TrialConfig,
+    hardware: Hardware,
+    monitor: EnergyMonitor,
+    modelled_power_w: float | None,
 ) -> PhaseEnergy:
     """Warm up, then repeat for the measuring time inside one window."""
     device = hardware.device.type
-    with monitor.window(f"{name}_warmup"):
+    with monitor.window(f"{name}_warmup", modelled_power_w=modelled_power_w):
         _for_seconds(once, WARMUP_S[device], hardware)
-    with monitor.window(name) as window:
+    with monitor.window(name, modelled_power_w=modelled_power_w) as window:
         repeats = _for_seconds(once, config.measure_seconds or MEASURE_S[device], hardware)
     energy = window.measurement.energy_j
     done = tokens * repeats

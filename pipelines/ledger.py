@@ -114,11 +114,11 @@ class Ledger:
         self._stack.close()
 
     @contextmanager
-    def window(self, phase: str) -> Iterator[Any]:
+    def window(self, phase: str, *, modelled_power_w: float | None = None) -> Iterator[Any]:
         """A measured window, booked on the phase when it closes (on an exception too)."""
         self._edge("open", phase)
         try:
-            with self.monitor.window(phase) as window:
+            with self.monitor.window(phase, modelled_power_w=modelled_power_w) as window:
                 yield window
         finally:
             self._edge("close", phase)

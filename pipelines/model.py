@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 
 from hwcost import CostModel
-from hwcost.ops import ModelShape
 from moe import ROUTERS, MoEGPT2Config, upcycle
+from moe.dense import without_experts
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
 from pipelines.data import Corpus
 from pipelines.hub import OFFLINE_OPTIONS, first_line, prepare_hub
@@ -70,7 +73,7 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
             eos_token_id=corpus.end_id,
             **_dropouts(config),
         )
-        return _compilable(transformers.GPT2LMHeadModel(shape))
+        return transformers.GPT2LMHeadModel(shape)
     if not os.path.isdir(config.base):
         if config.base.startswith((".", "/", "~")):
             raise ConfigError(f"base: expected a checkpoint folder, got {config.base!r}, which does not exist")
@@ -99,12 +102,6 @@ def dense_model(config: TrialConfig, corpus: Corpus) -> Any:
         raise ConfigError(
             f"tokenizer: expected at most {vocabulary} tokens, as {config.base} has, got {corpus.vocab_size}"
         )
-    return _compilable(dense)
-
-
-def _compilable(dense: Any) -> Any:
-    """Name the loss on the model: without it GPT-2 warns inside its forward, which breaks a compiled graph."""
-    dense.loss_type = "ForCausalLM"
     return dense
 
 
@@ -125,13 +122,52 @@ def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tupl
 def _build(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tuple[Any, dict[str, Prices] | None]:
     model = dense_model(config, corpus)
     prices = None
-    if not config.is_dense:
+    if config.is_dense:
+        model = without_experts(model)
+    else:
         moe_config = moe_config_of(config, model.config)
         model = upcycle(model, moe_config, noise=config.upcycle_noise, seed=config.seed)
         prices = prices_of(config, moe_config, hardware)
         set_prices(model, prices["train"])
     weights = torch.bfloat16 if hardware.dtype == "pure_bf16" else torch.float32
     return model.to(device=hardware.device, dtype=weights), prices
+
+
+def compiled_forward(model: Any, **options: Any) -> Callable[..., Any]:
+    """The model's forward with its blocks compiled, and everything else as it is: one compilation serves all blocks of
+    a kind, which takes seconds where compiling the whole takes a minute. Weights, buffers and prices are the model's
+    own; the model itself stays eager. Where compiling fails, the model's own forward serves, with a warning.
+
+    Args:
+        options: of `torch.compile`.
+    """
+    twin = _shallow(model)
+    twin.transformer = _shallow(model.transformer)
+    blocks = [_shallow(block) for block in model.transformer.h]
+    for block in blocks:
+        block.compile(fullgraph=True, **options)
+    twin.transformer.h = torch.nn.ModuleList(blocks)
+    broken = False
+
+    def forward(**kwargs: Any) -> Any:
+        nonlocal broken
+        if not broken:
+            twin.training = model.training
+            try:
+                return twin(**kwargs)
+            except Exception as error:
+                broken = True
+                warnings.warn(f"the forward runs without compiled blocks: {first_line(error)}", stacklevel=2)
+        return model(**kwargs)
+
+    return forward
+
+
+def _shallow(module: Any) -> Any:
+    """A module of its own with the same parameters, buffers and children."""
+    new = copy.copy(module)
+    new._modules = dict(module._modules)
+    return new
 
 
 def moe_config_of(config: TrialConfig, dense: Any) -> MoEGPT2Config:
@@ -161,33 +197,6 @@ def moe_config_of(config: TrialConfig, dense: Any) -> MoEGPT2Config:
 def expert_width(factor: float, inner: int) -> int:
     """Neurons of an expert, a multiple of 8 (grouped GEMM rows are multiples of 16 bytes); 0 stays 0."""
     return 0 if factor == 0 else max(8, round(factor * inner / 8) * 8)
-
-
-def modelled_step_j(
-    config: TrialConfig, model: Any, hardware: Hardware, mean_selected_width: float | None
-) -> float | None:
-    """Joules of one training step as the cost model of this GPU predicts them; None on a CPU."""
-    if hardware.gpu_name is None:
-        return None
-    widths = () if config.is_dense else tuple(model.config.expert_widths)
-    top_k = config.top_k
-    if mean_selected_width is not None and widths:  # what was routed, not what could have been
-        widths = (round(mean_selected_width / top_k),) * len(widths)
-    shape = ModelShape(
-        d_model=model.config.n_embd,
-        num_layers=model.config.n_layer,
-        num_heads=model.config.n_head,
-        vocab_size=model.config.vocab_size,
-        expert_widths=widths,
-        top_k=top_k,
-        moe_layers=None if config.moe_layers is None else len(config.moe_layers),
-        dtype="fp32" if hardware.dtype == "fp32" else "bf16",
-    )
-    cost_model = CostModel.for_device(hardware.gpu_name, hardware.power_limit_w)
-    cost = cost_model.get_cost(
-        "train_step", batch_size=config.batch_size, seq_len=config.seq_len, shape=shape, extrapolate=True
-    )
-    return cost.energy_j
 
 
 def prices_of(config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> dict[str, Prices]:

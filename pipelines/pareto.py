@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import fronts, hygiene, seeds
+from pipelines.boards import with_anchors
 from pipelines.hygiene import Clean, Context, LeftOut
 from pipelines.records import PointRecord, Record, Store, TrialRecord, arrow_schema
 from pipelines.reference import stored_reference
@@ -293,7 +294,7 @@ def _load(source: Store | pa.Table, axes: Sequence[Objective], table: str, sweep
     if isinstance(source, pa.Table):
         rows = source.select(names)
         return rows if sweep_id is None else rows.filter(pc.equal(source["sweep_id"], sweep_id))
-    rows = source.read(_TABLES[table], sweep_id, columns=names, encode=True)
+    rows = with_anchors(source.read(_TABLES[table], sweep_id, columns=names, encode=True), source, sweep_id)
     at = names.index("config_fingerprint")
     coded = rows["config_fingerprint"].combine_chunks().dictionary_encode().indices.cast(hygiene.CODE)
     return rows.set_column(at, "config_fingerprint", coded)

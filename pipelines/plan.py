@@ -36,6 +36,7 @@ class SweepPlan:
         samples: trials in all, for searches that draw.
         objectives: columns to search by, `COLUMN` or `COLUMN:max`.
         max_joules, max_hours, stall: budgets; None: no limit.
+        anchor: measure the anchor workload on every board that is measured, at the start and the end.
     """
 
     sweep_id: str
@@ -52,6 +53,7 @@ class SweepPlan:
     max_joules: float | None = None
     max_hours: float | None = None
     stall: int | None = None
+    anchor: bool = True
 
     @property
     def is_adaptive(self) -> bool:
@@ -101,7 +103,7 @@ def plan_sweep(
 
     `overrides` replace keys of the space. Replicates of an experiment differ in their seed and run
     interleaved: every experiment's first seed before any experiment's second (temperature drifts). `more`
-    replaces scheduler, objectives, max_joules, max_hours and stall of the space's `sweep` section.
+    replaces scheduler, objectives, max_joules, max_hours, stall and anchor of the space's `sweep` section.
 
     Raises:
         ConfigError: a trial that cannot be, or a space without trials.
@@ -141,6 +143,7 @@ def _rules(space: Space, more: Mapping[str, Any]) -> dict[str, Any]:
     said = {**space.sweep, "stall": space.sweep.get("stop_when_hypervolume_stalls")}
     rules: dict[str, Any] = {key: more[key] if more.get(key) is not None else said.get(key) for key in _RULES}
     rules["scheduler"] = rules["scheduler"] or SCHEDULERS[0]
+    rules["anchor"] = rules["anchor"] is not False
     if rules["scheduler"] not in SCHEDULERS:
         raise ConfigError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {rules['scheduler']!r}")
     rules["objectives"] = tuple(rules["objectives"] or OBJECTIVES)
@@ -157,7 +160,7 @@ def _rules(space: Space, more: Mapping[str, Any]) -> dict[str, Any]:
     return rules
 
 
-_RULES = ("scheduler", "objectives", "max_joules", "max_hours", "stall")
+_RULES = ("scheduler", "objectives", "max_joules", "max_hours", "stall", "anchor")
 
 
 def _absolute(document: dict[str, Any]) -> dict[str, Any]:

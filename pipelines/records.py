@@ -23,7 +23,8 @@ from pipelines import parquet
 
 #: 1: the first. 2: `trials` gained `anchor_j_per_token` (null in older files).
 #: 3: `trials` gained `ended_by` and `branches_energy_j` (null in older files).
-SCHEMA_VERSION = 3
+#: 4: `power` gained `memory_clock_mhz` (null in older files); the table `anchors`.
+SCHEMA_VERSION = 4
 
 
 def column(meaning: str, *, unit: str = "", null: str = "") -> Any:
@@ -89,7 +90,7 @@ class TrialRecord:
     branches_energy_j: float | None = column("decay branches of an anytime trial: the points of other epoch counts", unit="J", null="no branches")
     total_energy_j: float | None = column("setup + train + eval + branches + idle + lost, over all attempts up to this one", unit="J", null="not measurable")
     train_j_per_token: float | None = column("train_energy_j / tokens_trained", unit="J/token", null="not measurable")
-    anchor_j_per_token: float | None = column("joules per token of the anchor workload on this board: boards of one model are compared by it", unit="J/token", null="not measured")
+    anchor_j_per_token: float | None = column("joules per token of the anchor workload on this board as the session began (`anchors` has all readings)", unit="J/token", null="not measured")
     prefill_j_per_token: float | None = column("prefill, per prompt token", unit="J/token", null="not measured")
     decode_j_per_token: float | None = column("decode at decode_batch, per generated token", unit="J/token", null="not measured")
     decode_batch: int | None = column("batch of decode_j_per_token", unit="sequences", null="not measured")
@@ -97,14 +98,14 @@ class TrialRecord:
     decode_j_per_token_b8: float | None = column("decode at batch 8", unit="J/token", null="not measured")
     decode_j_per_token_b32: float | None = column("decode at batch 32", unit="J/token", null="not measured")
     decode_j_per_token_b128: float | None = column("decode at batch 128", unit="J/token", null="not measured")
-    modelled_train_energy_j: float | None = column("train_energy_j as the cost model predicts it", unit="J", null="no model")
+    modelled_train_energy_j: float | None = column("train_energy_j as the cost model predicts it", unit="J", null="no calibrated profile of this GPU, or not compiled (see energy_flags)")
     mean_power_w: float | None = column("mean power over the training windows", unit="W", null="not measurable")
     max_temperature_c: float | None = column("highest temperature in the training windows", unit="°C", null="not readable")
     mean_temperature_c: float | None = column("mean temperature in the training windows", unit="°C", null="not readable")
     max_memory_bytes: int | None = column("highest memory in use on the device", unit="byte", null="not readable")
     throttled: bool | None = column("clocks were held down by heat or power during training", null="not readable")
     shared_gpu: bool | None = column("another process used the device: kept off fronts", null="not known")
-    energy_flags: list[str] | None = column("what the monitor found wrong", null="nothing measured")
+    energy_flags: list[str] | None = column("what the monitor found wrong, and what the cost model could not predict or had to extrapolate (cost_model:...)", null="nothing measured")
     # prices
     price_c_ref_j: float | None = column("c_ref: marginal joules per token of the dense FFN", unit="J/token", null="router without a price")
     price_join: list[float] | None = column("normalised join price of each expert", unit="c_ref", null="router without a price")
@@ -252,6 +253,36 @@ class AdaptRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorRecord:
+    """One row per reading of the anchor workload (a fixed compiled step) on a board, at both ends of a sweep's session."""
+
+    TABLE: ClassVar[str] = "anchors"
+
+    sweep_id: str = column("sweep that the board served")
+    trial_id: str = column("the board: its GPU UUID, or the host's name where no GPU was measured")
+    attempt: int = column("reading of this board, 0 first")
+    session: str = column("session of the sweep (a resume is another one)")
+    position: str = column("start or end of the session")
+    skipped: str | None = column("why nothing was measured", null="it was measured")
+    gpu_uuid: str | None = column("device UUID", null="no GPU")
+    gpu_name: str | None = column("device model", null="no GPU")
+    power_limit_w: float | None = column("enforced power limit", unit="W", null="not readable")
+    host: str = column("host name")
+    workload: str | None = column("version of the anchor and of torch; only readings of one workload compare", null="not measured")
+    energy_source: str | None = column("counter or integrated", null="nothing measured")
+    j_per_token: float | None = column("joules per token of the anchor", unit="J/token", null="not measured")
+    j_per_token_uncertainty: float | None = column("standard uncertainty of j_per_token", unit="J/token", null="not known")
+    s_per_step: float | None = column("time of an anchor step", unit="s", null="not measured")
+    steps: int | None = column("steps of the reading", null="not measured")
+    mean_power_w: float | None = column("mean power of the reading", unit="W", null="not measurable")
+    mean_temperature_c: float | None = column("mean temperature of the reading", unit="°C", null="not readable")
+    energy_j: float | None = column("joules of the whole reading: build, warm-up, window; part of the sweep's joules, of no trial's", unit="J", null="not measured")
+    shared: bool | None = column("another process used the board: the reading corrects nothing", null="not known")
+    flags: list[str] | None = column("what the monitor found wrong", null="not measured")
+    started_at: dt.datetime = column("wall-clock start: a label")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerRecord:
     """The power trace of a trial: timestamped samples of its devices."""
 
@@ -264,19 +295,20 @@ class PowerRecord:
     time_s: float = column("monotonic time since the attempt began", unit="s")
     phase: str | None = column("innermost energy window open at that time", null="between windows")
     power_w: float | None = column("power", unit="W", null="not readable")
-    modelled_power_w: float | None = column("power as the cost model predicts it", unit="W", null="no model")
+    modelled_power_w: float | None = column("mean power of the phase (training, prefill, decode) as the cost model predicts it", unit="W", null="the phase is not modelled")
     temperature_c: float | None = column("temperature", unit="°C", null="not readable")
     memory_bytes: int | None = column("device memory in use", unit="byte", null="not readable")
     sm_utilization: float | None = column("share of time the multiprocessors were busy", null="not readable")
     memory_utilization: float | None = column("share of time the memory was busy", null="not readable")
     sm_clock_mhz: float | None = column("multiprocessor clock", unit="MHz", null="not readable")
+    memory_clock_mhz: float | None = column("memory clock", unit="MHz", null="not readable, or written by an older version")
     throttle_reasons: int | None = column("NVML bit mask of clock event reasons", null="not readable")
 # fmt: on
 
 
-Record = TrialRecord | PointRecord | EpochRecord | AdaptRecord | PowerRecord
+Record = TrialRecord | PointRecord | EpochRecord | AdaptRecord | PowerRecord | AnchorRecord
 TABLES: dict[str, type[Record]] = {
-    cls.TABLE: cls for cls in (TrialRecord, PointRecord, EpochRecord, AdaptRecord, PowerRecord)
+    cls.TABLE: cls for cls in (TrialRecord, PointRecord, EpochRecord, AdaptRecord, PowerRecord, AnchorRecord)
 }
 
 #: Text that hardly repeats: not worth a dictionary.

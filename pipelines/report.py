@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipelines import figures, svg
+from pipelines import sections_boards as boards
 from pipelines import sections_curves as curves
 from pipelines import sections_energy as energy
 from pipelines import sections_front as fronts
@@ -123,7 +124,8 @@ def build(results: Results, bill: Bill) -> list[Section]:
         curves.agreement_section(results),
         energy.phases_section(results),
         energy.power_section(results),
-        energy.provenance_section(results, fronts.fine_print(results)),
+        boards.boards_section(results),
+        energy.provenance_section(results, [*fronts.fine_print(results), *boards.unmeasured(results)]),
         energy.commands_section(results),
     )
     return [section for section in found if section is not None]

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines import chart, hygiene
 from pipelines.pareto import Front, pareto_front
-from pipelines.records import EpochRecord, PowerRecord, Store, TrialRecord
+from pipelines.records import AnchorRecord, EpochRecord, PowerRecord, Store, TrialRecord
 from pipelines.show import axis_title, number
 
 #: Words for columns whose names are for machines.
@@ -77,6 +77,11 @@ class Results:
         if not factors or max(factors) > 1.001 * min(factors):
             return None
         return sum(factors) / len(factors)
+
+    @property
+    def anchors(self) -> list[dict[str, Any]]:
+        """Readings of the anchor workload, those that were skipped too."""
+        return list(self.store.read(AnchorRecord, self.sweep_id).to_pylist())
 
     def power(self, trial_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """Power samples of some trials, in order of time, of each its last attempt."""

@@ -16,7 +16,8 @@ from hwcost import EnergyMonitor
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError
 from pipelines.evaluation import evaluate, measure_decode, measure_prefill
-from pipelines.model import modelled_step_j, set_prices
+from pipelines.model import set_prices
+from pipelines.modelled import PhaseModel
 
 LAMBDAS = (0.0, *(10 ** (exponent / 2) for exponent in range(-10, 5)))
 """0, then from 1e-5 to 100, two a decade."""
@@ -124,7 +125,8 @@ def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> Scan
     decode = measure_decode(model, split, config.decode_batches[0], config, hardware, monitor)
     routing = found.routing
     assert routing is not None
-    step_j = modelled_step_j(config, model, hardware, routing.mean_selected_width)
+    modelled = PhaseModel.of(config, model.config, hardware, selected_width=routing.mean_selected_width)
+    step_j = modelled.training_j(1)
     return ScanPoint(
         energy_lambda=energy_lambda,
         loss_nats=found.loss_nats,

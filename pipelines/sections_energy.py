@@ -63,15 +63,29 @@ def phases_section(results: Results) -> Section | None:
             row["trial_id"],
             *(energy_cell(row, column) for _, column in PHASES),
             energy_cell(row, "total_energy_j"),
-            "–" if row["modelled_train_energy_j"] is None else f"{number(row['modelled_train_energy_j'])} modelled",
+            _modelled(row),
             row["energy_source"] or "–",
         )
         for row in rows
     )
     sheet = Sheet(caption="Joules by phase", head=head, rows=body, keys=tuple(keys_of(row) for row in rows))
     hidden = f" {len(rows) - BARS} dearer trials are in the table only." if len(rows) > BARS else ""
-    text = f"The whole sweep took {_by_source(rows)}: {shares}.{hidden}"
+    text = f"The trials took {_by_source(rows)}: {shares}.{hidden}{_anchor_words(results)}"
     return Section(id="phases", title="Where the joules went", text=(text,), figures=(figure,), sheets=(sheet,))
+
+
+def _modelled(row: dict[str, Any]) -> str:
+    """What the cost model says of a trial's training, and how far off it was where the joules were measured."""
+    modelled_j, measured_j = row["modelled_train_energy_j"], row["train_energy_j"]
+    if modelled_j is None:
+        return "–"
+    off = f" ({modelled_j / measured_j - 1:+.1%})" if measured_j and not is_modelled(row) else ""
+    return f"{number(modelled_j)} modelled{off}"
+
+
+def _anchor_words(results: Results) -> str:
+    spent_j = sum(row["energy_j"] or 0.0 for row in results.anchors)
+    return f" The anchor workload took {number(spent_j)} J beside them." if spent_j else ""
 
 
 def _by_source(rows: Sequence[dict[str, Any]]) -> str:
@@ -94,7 +108,10 @@ def power_section(results: Results) -> Section | None:
         return None
     head = ("trial", "phase", "samples", "measured (W)", "modelled (W)", "difference (W)", "highest (°C)", "throttled")
     sheet = Sheet(caption="Means by phase", head=head, rows=tuple(rows))
-    text = ("The difference is measured minus modelled. Shaded: clocks held down by power or heat.",)
+    text = (
+        "The difference is measured minus modelled; training, prefill and decoding are modelled, the rest is not. "
+        "Shaded: clocks held down by power or heat.",
+    )
     return Section(id="power", title="Watts, degrees, throttling", text=text, figures=tuple(figures), sheets=(sheet,))
 
 
@@ -115,7 +132,7 @@ def _power_charts(results: Results, name: str, row: dict[str, Any], samples: Seq
     spans = _throttled(samples)
     if measured or modelled:
         lines = _lines((measured, "measured"), (modelled, "modelled"))
-        mean = sum(measured[1]) / len(measured[1]) if measured else None
+        mean = sum(_values(measured)) / len(_values(measured)) if measured else None
         words = "no watts were measured" if mean is None else f"measured mean {mean:.4g} W"
         axis = Axis(title="power (W" + (")" if measured else ", modelled)"), zero=True)
         legend: tuple[Key, ...] = (Key(label="measured", kind="line"),) if measured else ()
@@ -125,13 +142,13 @@ def _power_charts(results: Results, name: str, row: dict[str, Any], samples: Seq
         )
     gap = _series([{**s, "gap": _gap(s)} for s in samples], "gap")
     if gap:
-        worst = max(map(abs, gap[1]))
+        worst = max(map(abs, _values(gap)))
         axis, alt = Axis(title="difference (W)"), f"Measured minus modelled watts over time; largest {worst:.4g} W."
         lines = _lines((gap, "measured − modelled"))
         found.append(_trace_chart(f"{name}-gap", f"Measured − modelled: {head}", alt, axis, lines, spans, (), 180))
     heat = _series(samples, "temperature_c")
     if heat:
-        axis, alt = Axis(title="temperature (°C)"), f"Temperature over time, at most {max(heat[1]):.4g} °C."
+        axis, alt = Axis(title="temperature (°C)"), f"Temperature over time, at most {max(_values(heat)):.4g} °C."
         lines = _lines((heat, "temperature"))
         found.append(_trace_chart(f"{name}-heat", f"Temperature: {head}", alt, axis, lines, spans, (), 180))
     return found
@@ -154,28 +171,44 @@ def _trace_chart(
     return Chart(id=name, title=title, alt=alt, x=time, y=y, lines=lines, bands=spans, legend=legend, height=height)
 
 
-def _lines(*series: tuple[tuple[list[float], list[float]] | None, str]) -> tuple[Line, ...]:
+Run = tuple[list[float], list[float]]
+
+
+def _lines(*series: tuple[list[Run], str]) -> tuple[Line, ...]:
     looks: tuple[dict[str, Any], ...] = ({"colour": None, "dash": 0}, {"colour": 3, "dash": 1})
     return tuple(
-        Line(x=found[0], y=found[1], tip=tip, colour=look["colour"], dash=look["dash"] or 0)
-        for (found, tip), look in zip(series, looks, strict=False)
-        if found
+        Line(x=x, y=y, tip=tip, colour=look["colour"], dash=look["dash"] or 0)
+        for (runs, tip), look in zip(series, looks, strict=False)
+        for x, y in runs
     )
 
 
-def _series(samples: Sequence[dict[str, Any]], column: str) -> tuple[list[float], list[float]] | None:
-    """A column over time, as means of at most 400 bins of equal length; None without a value."""
-    known = [(s["time_s"], s[column]) for s in samples if s[column] is not None]
-    if not known:
-        return None
-    if len(known) <= SAMPLES:
-        return [t for t, _ in known], [v for _, v in known]
-    start, width = known[0][0], (known[-1][0] - known[0][0]) / SAMPLES or 1.0
+def _values(runs: Sequence[Run]) -> list[float]:
+    return [value for _, values in runs for value in values]
+
+
+def _series(samples: Sequence[dict[str, Any]], column: str) -> list[Run]:
+    """A column over time, one run (times, values) for every stretch without a null: nothing is drawn where nothing is
+    known. Beyond 400 samples the values are means over bins of equal length.
+    """
+    stretches: list[list[tuple[float, float]]] = [[]]
+    for sample in samples:
+        if sample[column] is not None:
+            stretches[-1].append((sample["time_s"], sample[column]))
+        elif stretches[-1]:
+            stretches.append([])
+    known = [stretch for stretch in stretches if stretch]
+    if sum(map(len, known)) > SAMPLES:
+        width = (known[-1][-1][0] - known[0][0][0]) / SAMPLES or 1.0
+        known = [_binned(stretch, width) for stretch in known]
+    return [([t for t, _ in stretch], [v for _, v in stretch]) for stretch in known]
+
+
+def _binned(stretch: Sequence[tuple[float, float]], width: float) -> list[tuple[float, float]]:
     bins: dict[int, list[tuple[float, float]]] = {}
-    for t, v in known:
-        bins.setdefault(min(int((t - start) / width), SAMPLES - 1), []).append((t, v))
-    means = [[sum(part) / len(rows) for part in zip(*rows, strict=True)] for _, rows in sorted(bins.items())]
-    return [t for t, _ in means], [v for _, v in means]
+    for t, v in stretch:
+        bins.setdefault(int((t - stretch[0][0]) / width), []).append((t, v))
+    return [(sum(t for t, _ in rows) / len(rows), sum(v for _, v in rows) / len(rows)) for rows in bins.values()]
 
 
 def _gap(sample: dict[str, Any]) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from pipelines import recover
+from pipelines import anchors, recover
 from pipelines.actor import TrialActor, quiet_libraries
 from pipelines.budget import Budget
 from pipelines.checkpoints import prune_finals
@@ -151,9 +151,10 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         recover.write_missing(store, journal, ended_by="died")
     known = recover.rows_of(store, plan.sweep_id)
     final = {trial_id for trial_id, row in known.items() if recover.is_final(row)}
-    meter = Meter(f"{journal.root}/beats" if journal.local else None)
-    budget = Budget(plan, meter.read_j, list(known.values()), before_s=journal.seconds())
-    work = _work(plan, journal, run, list(known.values()), final)
+    meter, session = Meter(f"{journal.root}/beats" if journal.local else None), uuid.uuid4().hex
+    reserve = anchors.Reserve(store, plan.sweep_id, session)
+    budget = Budget(plan, meter.read_j, list(known.values()), before_s=journal.seconds(), reserve_j=reserve.read_j)
+    work = _work(plan, journal, run, session, list(known.values()), final)
     if work is None:
         return None
     began_s = time.monotonic()
@@ -162,7 +163,10 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         _tuner(plan, run, work, store, follower).fit()
         stopped = "budget" if budget.reason else "interrupt"
         left = recover.write_missing(store, journal, ended_by=stopped)
-        return budget.reason or ("interrupted" if left or _missing(plan, store) else None)
+        ended = budget.reason or ("interrupted" if left or _missing(plan, store) else None)
+        if ended != "interrupted":
+            anchors.at_end(run.out, plan.sweep_id, session, actor=run.actor.anchor_actor)
+        return ended
     except KeyboardInterrupt:
         recover.write_missing(store, journal, ended_by="interrupt", alive=True)
         return "interrupted"
@@ -205,12 +209,15 @@ class _Work:
     samples: int
 
 
-def _work(plan: SweepPlan, journal: Journal, run: _Run, known: Sequence[TrialRecord], final: set[str]) -> _Work | None:
+def _work(
+    plan: SweepPlan, journal: Journal, run: _Run, session: str, known: Sequence[TrialRecord], final: set[str]
+) -> _Work | None:
     common = {
         "sweep_id": plan.sweep_id,
         "out": run.out,
         "parallel": run.resources.parallel,
-        "session": uuid.uuid4().hex,
+        "session": session,
+        "anchor": plan.anchor,
     }
     if not plan.is_adaptive:
         entries = [_entry(trial, run.resources) for trial in plan.trials if trial.trial_id not in final]

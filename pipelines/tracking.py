@@ -169,6 +169,14 @@ class Tracker:
         """
         self._finish(front, [Path(path) for path in artifacts], models or {})
 
+    @_harmless
+    def attach(self, sweep_id: str, artifacts: Sequence[str | os.PathLike[str]]) -> None:
+        """More files for the sweep's run, where it has one."""
+        self._select(sweep_id)
+        client, _ = self._client()
+        for path in artifacts if self._sweep_run is not None else ():
+            client.log_artifact(self._sweep_run.info.run_id, str(path))
+
     # --- from Parquet ----------------------------------------------------------------------------------
 
     def mirror(self, store: Store, sweep_id: str) -> int:

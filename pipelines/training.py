@@ -9,12 +9,14 @@ import copy
 import dataclasses
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from moe.captured import CapturedBackward
 from pipelines.config import NonFiniteLossError, TrialConfig
 from pipelines.data import TokenSplit
 from pipelines.faults import passing
@@ -40,7 +42,7 @@ def make_optimizer(model: Any, config: TrialConfig, hardware: Hardware) -> torch
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = hardware.device.type == "cuda"
+    fused = hardware.device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=fused)
 
 
@@ -99,6 +101,7 @@ class Trainer:
         self.forward = compiled if forward is None else forward
         self.total_steps = self.per_epoch * config.epochs
         self.step = 0
+        self.captured: CapturedBackward | None = None
 
     @property
     def per_epoch(self) -> int:
@@ -117,7 +120,7 @@ class Trainer:
         return self.step * self.tokens_per_step
 
     def warm_up(self) -> None:
-        """Compile and run a few real batches; parameters, buffers and random state stay as they were."""
+        """Compile, run a few real batches, capture the step; parameters, buffers and random state stay as they were."""
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         random_state = torch.get_rng_state()
         cuda_state = torch.cuda.get_rng_state() if self.hardware.device.type == "cuda" else None
@@ -125,10 +128,33 @@ class Trainer:
         for block_BS, _ in zip(batches(self.split, self.config, 0, self.hardware.device), range(3), strict=False):
             self._backward(block_BS)
             self.optimizer.zero_grad(set_to_none=True)
+        self.capture(block_BS)
         self.model.load_state_dict(state)
         torch.set_rng_state(random_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state)
+
+    def capture(self, block_BS: torch.Tensor) -> None:
+        """Put forward and backward into a CUDA graph, where code is compiled for a GPU. A step that cannot be captured
+        runs as before, with a warning.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for the step.
+        """
+        if not (self.hardware.compile and self.hardware.device.type == "cuda"):
+            return
+        try:
+            self.captured = CapturedBackward(self._backward, self.model.parameters(), block_BS)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:
+            self.drop_capture()
+            warnings.warn(f"training runs without a captured step: {str(problem).splitlines()[0]}", stacklevel=2)
+
+    def drop_capture(self) -> None:
+        """Let go of the graph and of the memory that it holds."""
+        self.captured = None
+        self.optimizer.zero_grad(set_to_none=True)
 
     def run_epoch(self, epoch: int) -> EpochSums:
         """One pass over the training split.
@@ -178,10 +204,11 @@ class Trainer:
     def _step(self, block_BS: torch.Tensor, rate: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = self._backward(block_BS)
+        losses = self.captured(block_BS) if self.captured else self._backward(block_BS)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.captured is None:  # a graph writes its gradients where it wrote them before
+            self.optimizer.zero_grad(set_to_none=True)
         if not self.config.is_dense:
             self.model.after_step()
         self.step += 1

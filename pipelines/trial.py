@@ -11,7 +11,8 @@ import datetime as dt
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ from pipelines.faults import passing
 from pipelines.heartbeat import Keeper
 from pipelines.journal import Journal
 from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, quadrature, total, trial_monitor
-from pipelines.model import Hardware, build_model, modelled_step_j, set_prices
+from pipelines.model import Hardware, build_model, set_prices
+from pipelines.modelled import PhaseModel
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
 from pipelines.training import EpochSums, Trainer, decay_start
@@ -60,6 +62,7 @@ class Trial:
     Args:
         carry: what earlier attempts spent (`recover.carried`); nothing where this is the first.
         keeper: writes the attempt's heartbeats.
+        board: columns that say more of the board.
     """
 
     def __init__(
@@ -72,12 +75,13 @@ class Trial:
         journal: Journal | None = None,
         spent_j: float | None = 0.0,
         keeper: Keeper | None = None,
+        board: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.key, self.store, self.monitor = config, key, store, monitor
         self.checkpoints = Checkpoints(journal, key.trial_id) if journal is not None and config.checkpoint else None
         self.ledger = Ledger(monitor, keeper=keeper, name=key.name)
         self.ledger.carry = Carry().losing_up_to(spent_j)
-        self._spent_j = spent_j
+        self._spent_j, self._board = spent_j, dict(board or {})
         self.started_at = dt.datetime.now(dt.UTC)
         self._origin_s = time.monotonic()
         self.epochs: list[EpochRecord] = []
@@ -86,6 +90,7 @@ class Trial:
         self.record: TrialRecord | None = None
         self.evaluation: Evaluation | None = None
         self.code: warm.Compiled | None = None
+        self.modelled = PhaseModel()
         self._measured: dict[str, Any] = {}
 
     @property
@@ -120,6 +125,7 @@ class Trial:
             model, self.prices = build_model(self.config, self.corpus, self.hardware)
             self.code = warm.compiled(model, self.config, self.hardware)
             self.model = self.code.module
+            self.modelled = PhaseModel.of(self.config, self.model.config, self.hardware)
             train = self.corpus.splits["train"].first(self.config.max_train_tokens)
             self.trainer = Trainer(self.model, self.config, self.hardware, train, forward=self.code.forward)
             with warm.compiling(self.code):
@@ -132,7 +138,7 @@ class Trial:
         self.epoch += 1
         if self.config.anytime:
             return self._run_to_point(self.epoch)
-        with self.ledger.window(TRAIN):
+        with self._training(TRAIN):
             sums = self.trainer.run_epoch(self.epoch)
         record = self._evaluated(sums)
         self._save()
@@ -141,34 +147,42 @@ class Trial:
     def _run_to_point(self, count: int) -> EpochRecord:
         """The stable trunk up to where a run of `count` epochs begins to decay, then that decay on a branch."""
         total_steps = count * self.trainer.per_epoch
-        with self.ledger.window(TRAIN):
+        with self._training(TRAIN):
             self.trainer.run_to(decay_start(self.config, total_steps), sys.maxsize)
         if self.done:
-            with self.ledger.window(TRAIN):
+            with self._training(TRAIN):
                 sums = self.trainer.run_to(total_steps, total_steps)
             record = self._evaluated(sums)
         else:
             with self.trainer.branch():
-                with self.ledger.window(BRANCH):
+                with self._training(BRANCH):
                     sums = self.trainer.run_to(total_steps, total_steps)
                 record = self._evaluated(sums, branch=self.ledger.of(BRANCH)[-1])
                 self.points.append(self._point_values(record, self.ledger.of(BRANCH)[-1]))
         self._save()
         return record
 
+    def _training(self, phase: str) -> AbstractContextManager[Any]:
+        return self.ledger.window(phase, modelled_power_w=self.modelled.power_w("train"))
+
     def _evaluated(self, sums: EpochSums | None, *, branch: Measurement | None = None) -> EpochRecord:
-        with self.ledger.window(EVAL):
-            self.evaluation = evaluate(self.model, self.validation, self.config, self.hardware)
-        record = self._epoch_record(sums, self.evaluation, branch)
+        record = self._epoch_record(sums, self._evaluate(), branch)
         self.epochs.append(record)
         self.store.write(EpochRecord, self.epochs, **dataclasses.asdict(self.key))
         return record
 
+    def _evaluate(self) -> Evaluation:
+        """Loss and routing; the phases are modelled anew with the experts that were routed to."""
+        with self.ledger.window(EVAL):
+            self.evaluation = evaluate(self.model, self.validation, self.config, self.hardware)
+        width = self.evaluation.routing.mean_selected_width if self.evaluation.routing else None
+        self.modelled = PhaseModel.of(self.config, self.model.config, self.hardware, selected_width=width)
+        return self.evaluation
+
     def finish(self) -> TrialRecord:
         """Measure prefill and decode, close the span, write all tables."""
         if self.evaluation is None:
-            with self.ledger.window(EVAL):
-                self.evaluation = evaluate(self.model, self.validation, self.config, self.hardware)
+            self._evaluate()
         self._measure_phases()
         columns = self._outcome_columns()
         if self.checkpoints is not None:
@@ -196,7 +210,9 @@ class Trial:
     def release(self) -> None:
         """Drop the model and its memory, so that an actor can be reused."""
         self.model = None
-        self.__dict__.pop("trainer", None)
+        trainer = self.__dict__.pop("trainer", None)
+        if trainer is not None:
+            trainer.drop_capture()
         if self.code is not None:
             warm.release(self.code)
             self.code = None
@@ -244,13 +260,16 @@ class Trial:
             if self.test is not None:
                 loss = evaluate(self.model, self.test, self.config, self.hardware).loss_nats
                 self._measured["test_loss_nats"] = loss
+            where = (self.config, self.hardware, self.monitor)
             if self.config.prefill:
                 self._price("prefill")
-                prefill = measure_prefill(self.model, self.validation, self.config, self.hardware, self.monitor)
+                watts = self.modelled.power_w("prefill")
+                prefill = measure_prefill(self.model, self.validation, *where, modelled_power_w=watts)
                 self._measured["prefill_j_per_token"] = prefill.j_per_token
             self._price("decode")
             for batch in self.config.decode_batches:
-                phase = measure_decode(self.model, self.validation, batch, self.config, self.hardware, self.monitor)
+                watts = self.modelled.power_w(f"decode_b{batch}")
+                phase = measure_decode(self.model, self.validation, batch, *where, modelled_power_w=watts)
                 self._book_decode(batch, phase)
 
     def _price(self, phase: str) -> None:
@@ -268,6 +287,8 @@ class Trial:
 
     def _write(self, state: str, outcome: dict[str, Any]) -> TrialRecord:
         energy = self.ledger.columns()
+        if self.modelled.flags:
+            energy["energy_flags"] = sorted({*energy.get("energy_flags", []), *self.modelled.flags})
         tokens = outcome.get("tokens_trained")
         if tokens and energy["train_energy_j"] is not None:
             energy["train_j_per_token"] = energy["train_energy_j"] / tokens
@@ -281,6 +302,7 @@ class Trial:
             **config_columns(self.config),
             **host_columns(),
             **device_columns(self.monitor, getattr(self, "hardware", None)),
+            **self._board,
             **energy,
             **({"ended_by": "itself"} | outcome),
         )
@@ -308,7 +330,7 @@ class Trial:
             "tokens_trained": last.tokens_trained,
             "corpus_fingerprint": self.corpus.fingerprint,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "modelled_train_energy_j": self._modelled_j(evaluation) if self.epoch else None,
+            "modelled_train_energy_j": self.modelled.training_j(self.trainer.step) if self.epoch else None,
             **routing_columns(evaluation),
             "price_drift": last.price_drift,
             "lambda_undone": last.lambda_undone,
@@ -320,11 +342,6 @@ class Trial:
         if self.prices is not None and self.config.uses_price:
             columns |= price_columns(self.config, self.prices)
         return columns
-
-    def _modelled_j(self, evaluation: Evaluation) -> float | None:
-        width = evaluation.routing.mean_selected_width if evaluation.routing else None
-        step_j = modelled_step_j(self.config, self.model, self.hardware, width)
-        return None if step_j is None else step_j * self.trainer.step
 
     def _epoch_record(
         self, sums: EpochSums | None, evaluation: Evaluation, branch: Measurement | None = None
@@ -344,6 +361,7 @@ class Trial:
             tokens_trained=self.trainer.tokens,
             epoch_energy_j=train.energy_j if train else None,
             epoch_energy_uncertainty_j=train.uncertainty_j if train else None,
+            modelled_energy_j=self.modelled.training_j(sums.steps) if sums else None,
             train_energy_j=trained_j if branch is None else total((trained_j, branch.energy_j)),
             eval_energy_j=self.ledger.of(EVAL)[-1].energy_j,
             energy_source=self.monitor.source,

@@ -114,7 +114,7 @@ def forget() -> None:
 def shape_of(model: Any, config: TrialConfig, hardware: Hardware) -> str:
     """What compiled code depends on, as a digest: architecture, regularizers, batch, precision."""
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_SHAPE}
-    if not getattr(getattr(model, "routers", [None])[0], "learned", True):
+    if not all(router.learned for router in model.routers):
         settings["router_seed"] = model.config.router_seed  # it is hashed inside the code
     settings |= {"class": type(model).__name__, "batch": [config.batch_size, config.seq_len], "dtype": hardware.dtype}
     text = json.dumps(settings, sort_keys=True, default=str)
@@ -129,7 +129,7 @@ def _give(source: Any, target: Any) -> None:
         tensor.grad = None
     target.config.__dict__.update(source.config.__dict__)
     target.generation_config = source.generation_config
-    for own, new in zip(getattr(target, "routers", ()), getattr(source, "routers", ()), strict=True):
+    for own, new in zip(target.routers, source.routers, strict=True):
         own.seed, own.keep_first = new.seed, new.keep_first
     target.train(source.training)
 

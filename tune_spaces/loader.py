@@ -89,6 +89,7 @@ SWEEP_KEYS = (
     "max_joules",
     "max_hours",
     "stop_when_hypervolume_stalls",
+    "anchor",
 )
 
 
@@ -216,6 +217,8 @@ def _check_sweep(sweep: Mapping[str, Any]) -> None:
         value = sweep.get(key)
         if value is not None and (_number(value) or 0) <= 0:
             raise SpaceError(f"sweep.{key}: expected a number above 0, got {_name(value)}")
+    if not isinstance(sweep.get("anchor", True), bool):
+        raise SpaceError(f"sweep.anchor: expected true or false, got {_name(sweep['anchor'])}")
     if not isinstance(sweep.get("objectives") or [], list):
         raise SpaceError(f"sweep.objectives: expected a list of columns, got {_name(sweep['objectives'])}")
 

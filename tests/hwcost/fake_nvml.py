@@ -201,7 +201,7 @@ def fake_pynvml(boards: list[Board], **replaced: Callable[..., Any]) -> types.Mo
         "nvmlDeviceGetSamples": lambda board, kind, since: (1, board.read_ring(since)),
         "nvmlDeviceGetTemperature": lambda board, kind: board.temperature,
         "nvmlDeviceGetUtilizationRates": lambda board: types.SimpleNamespace(gpu=97, memory=40),
-        "nvmlDeviceGetClockInfo": lambda board, kind: 1980,
+        "nvmlDeviceGetClockInfo": lambda board, kind: {1: 1980, 2: 3201}[kind],
         "nvmlDeviceGetCurrentClocksEventReasons": lambda board: board.throttle,
         "nvmlDeviceGetComputeRunningProcesses": lambda board: [
             types.SimpleNamespace(pid=pid, usedGpuMemory=1 << 30) for pid in board.pids

@@ -129,6 +129,7 @@ def test_history_carries_phase_and_modelled_watts(bench: Bench) -> None:
     assert len(inside) >= 3
     assert {s.modelled_power_w for s in inside} == {480.0}
     assert inside[0].sm_utilization == pytest.approx(0.97)
+    assert (inside[0].sm_clock_mhz, inside[0].memory_clock_mhz) == (1980.0, 3201.0)
     assert {s.phase for s in monitor.system.history} == {None, "train"}
 
 

@@ -29,7 +29,11 @@ def leaky(**changes: object) -> Profile:
     return dataclasses.replace(analytic_profile("NVIDIA H200"), **{**values, **changes})
 
 
-MODELS = {"analytic": CostModel(analytic_profile()), "leaky": CostModel(leaky())}
+MODELS = {
+    "analytic": CostModel(analytic_profile()),
+    "leaky": CostModel(leaky()),
+    "slow host": CostModel(leaky(host_s_per_launch=1e-4, decode_graph_batch=64.0)),
+}
 shapes = st.builds(
     ModelShape,
     d_model=st.sampled_from([64, 768]),
@@ -181,6 +185,25 @@ def test_the_host_bounds_the_time_of_small_steps_but_not_of_a_graph():
     assert seconds(slow, "train_step", 1) == seconds(slow, "train_step", 2) > seconds(MODELS["leaky"], "train_step", 2)
     assert seconds(slow, "train_step", 256) == seconds(MODELS["leaky"], "train_step", 256)
     assert seconds(slow, "decode_step", 1) == seconds(MODELS["leaky"], "decode_step", 1)
+
+
+def test_the_hand_made_decode_step_starts_fewer_kernels_up_to_its_largest_batch():
+    own, other = MODELS["slow host"], MODELS["leaky"]
+    steps = {
+        (name, batch): model.get_cost("decode_step", batch, 256, extrapolate=True).duration_s
+        for name, model in (("own", own), ("other", other))
+        for batch in (64, 65)
+    }
+    assert steps["own", 64] < steps["other", 64]
+    assert steps["own", 65] == steps["other", 65]
+
+
+def test_a_breakdown_waits_for_the_host_too():
+    """The shipped profile: a training step of four sequences is bound by the host that launches it."""
+    model = CostModel.for_device("NVIDIA H200", 700.0)
+    assert model.profile.host_s_per_launch > 0
+    whole, parts = (f("train_step", 4, 1024) for f in (model.get_cost, model.get_cost_breakdown))
+    assert (parts.energy_j, parts.duration_s) == (pytest.approx(whole.energy_j), whole.duration_s)
 
 
 def test_the_shipped_h200_prices_experts_by_phase():

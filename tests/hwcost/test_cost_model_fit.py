@@ -103,6 +103,25 @@ def test_exact_points_give_exact_predictions():
     assert model.profile.energy["gemm_flops"] == pytest.approx(TRUTH.energy["gemm_flops"], rel=0.01)
 
 
+def test_hand_made_decode_steps_are_counted_as_such():
+    """Points that say so up to batch 32, others without: the profile knows where one ends and the other begins."""
+    measured = calibration()
+    points = [
+        point(p.name, p.kind, p.params, found={**p.found, "own_step": float(p.params["batch_size"] <= 32)})
+        if p.kind == "decode_step"
+        else p
+        for p in measured.points
+    ]
+    model = CostModel.fit(dataclasses.replace(measured, points=tuple(points)))
+    assert model.profile.decode_graph_batch == 32
+    decode = [p for p in points if p.kind == "decode_step"]
+    assert np.abs(relative_errors(model, decode, time_measured=True)).max() < 1e-6
+    for p in decode:
+        shape = ModelShape(top_k=1, open_experts=p.found["open_experts"])
+        cost = model.get_cost("decode_step", p.params["batch_size"], 256, shape=shape, current_temp=52.0)
+        assert cost.energy_j == pytest.approx(p.energy_per_call_j, rel=1e-4)
+
+
 def test_noise_of_one_percent_stays_small_and_intervals_hold_the_truth():
     measured = calibration(noise=0.01)
     model = CostModel.fit(measured)

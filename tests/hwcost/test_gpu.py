@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hwcost import EnergyMonitor
+from hwcost.anchor import measure_anchor
 from hwcost.devices import assigned
 from hwcost.doctor import examine, render
 from hwcost.nvml import Nvml
@@ -70,3 +71,13 @@ def test_doctor_reads_this_gpu() -> None:
     text = render(report)
     assert report.gpus[0].info.uuid in text
     assert "a new value every" in text
+
+
+def test_the_anchor_repeats_on_one_board() -> None:
+    """Boards differ by 3-8 %, so one board read twice within half a minute must agree better than that."""
+    with EnergyMonitor.for_assigned_devices(torch_device="cuda:0") as monitor:
+        first, second = (measure_anchor(monitor, torch.device("cuda"), seconds=3.0, warmup_s=2.0) for _ in range(2))
+    assert first.workload == second.workload
+    assert second.j_per_token == pytest.approx(first.j_per_token, rel=0.03)
+    assert first.energy_j > first.j_per_step * first.steps > 0
+    assert first.j_per_token_uncertainty < 0.01 * first.j_per_token

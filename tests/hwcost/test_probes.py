@@ -58,8 +58,15 @@ class FakeMonitor:
 
     @contextlib.contextmanager
     def window(self, name):
-        assert name == "anchor"
-        got = types.SimpleNamespace(energy_j=self.energy_j, mean_power_w=600.0, mean_temperature_c=None)
+        more = {"anchor": 0.0, "anchor_whole": 3.0}[name]
+        got = types.SimpleNamespace(
+            energy_j=None if self.energy_j is None else self.energy_j + more,
+            uncertainty_j=0.6,
+            mean_power_w=600.0,
+            mean_temperature_c=None,
+            shared=False,
+            flags=("throttled:power_cap",),
+        )
         yield types.SimpleNamespace(measurement=got)
 
 
@@ -67,8 +74,11 @@ def test_the_anchor_is_measured_per_step_and_per_token():
     reading = measure_anchor(FakeMonitor(12.0), CPU, seconds=0.01, warmup_s=0.0)
     assert reading.j_per_step == pytest.approx(12.0 / reading.steps)
     assert reading.j_per_token == pytest.approx(reading.j_per_step / AnchorStep({}, CPU).tokens)
+    assert reading.j_per_token_uncertainty == pytest.approx(reading.j_per_token / 20)
+    assert (reading.energy_j, reading.flags) == (15.0, ("throttled:power_cap",))  # build and warm-up are paid too
+    assert reading.workload == f"anchor {reading.version}, torch {torch.__version__.partition('+')[0]}, cpu"
     unknown = measure_anchor(FakeMonitor(None), CPU, seconds=0.01, warmup_s=0.0)
-    assert unknown.j_per_step is unknown.j_per_token is unknown.mean_temperature_c is None
+    assert unknown.j_per_step is unknown.j_per_token is unknown.energy_j is unknown.mean_temperature_c is None
 
 
 def test_the_anchor_is_the_same_every_time_and_leaves_the_random_state():

@@ -51,7 +51,7 @@ def results(experts, x_TD, routing, dispatch, probe_TD):
 
 
 def assert_matches_loop(experts, x_TD, routing, dispatch):
-    dtype = torch.float32 if dispatch == "grouped_mm" else torch.float64
+    dtype = torch.float32 if dispatch in ("grouped_mm", "native") else torch.float64
     probe_TD = torch.randn_like(x_TD)
     expected = results(experts, x_TD, routing, "loop", probe_TD)
     experts = experts.to(dtype)

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from moe import MoEGPT2Config, MoEGPT2LMHeadModel, decoding, fused, generation
+from moe import MoEGPT2Config, MoEGPT2LMHeadModel, decoding, fused, gate, generation
 from moe.dispatch import Weights, loop
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,15 +96,15 @@ DECODING = {
 }
 
 
-@pytest.mark.parametrize("name", DECODING)
-def test_decode_step_equals_transformers_loop(name, monkeypatch):
+@pytest.mark.parametrize(("name", "batch"), [*((name, 3) for name in DECODING), ("topk", 70)])
+def test_decode_step_equals_transformers_loop(name, batch, monkeypatch):
     torch.manual_seed(0)
     config = MoEGPT2Config(
         n_layer=2, n_embd=64, n_head=2, vocab_size=200, n_positions=64, eos_token_id=None, bos_token_id=None,
         initializer_range=0.3, **DECODING[name],
     )  # fmt: skip
     model = MoEGPT2LMHeadModel(config).to(DEVICE).eval()
-    ids_BS = torch.randint(200, (3, 5), device=DEVICE)
+    ids_BS = torch.randint(200, (batch, 5), device=DEVICE)
     mask_BS = torch.ones_like(ids_BS)
     mask_BS[0, :2] = mask_BS[2, :1] = 0
     with monkeypatch.context() as patch:
@@ -113,7 +113,7 @@ def test_decode_step_equals_transformers_loop(name, monkeypatch):
     with torch.no_grad():
         position_BS = (mask_BS.cumsum(1) - 1).clamp_min(0)
         output = model(ids_BS, attention_mask=mask_BS, position_ids=position_BS, use_cache=True)
-        decoder = decoding.Decoder(model, 3, 64, (), torch.float32, graph=DEVICE == "cuda")
+        decoder = decoding.Decoder(model, batch, 64, (), torch.float32, graph=DEVICE == "cuda")
         decoder.prepare(False)
         decoder.start(output.past_key_values, ids_BS, mask_BS, 7)
         decoder.append(output.logits[:, -1].argmax(-1))
@@ -155,3 +155,28 @@ def test_decode_step_in_16_bits_over_float32_weights():
     want_BV = model(decoder.token_T[:, None], past_key_values=output.past_key_values, use_cache=True).logits[:, -1]
     assert generation._distance(decoder.logits_TV.float(), want_BV) < generation.TOLERANCE
     assert generation._distance(decoder.logits_TV.float(), want_BV.roll(1, 0)) > 10 * generation.TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "experts", "width"), [(1, 1, 64), (70, 8, 64), (600, 11, 192), (33, 64, 130)])
+def test_gate_equals_a_product_in_double(tokens, experts, width, dtype):
+    torch.manual_seed(0)
+    x_TD = torch.randn(tokens, width, device=DEVICE).to(dtype).requires_grad_()
+    weight_ED = torch.randn(experts, width, device=DEVICE, requires_grad=True)
+    dlogits_TE = torch.randn(tokens, experts, device=DEVICE)
+    logits_TE = gate._gate(x_TD, weight_ED)
+    got = [logits_TE, *torch.autograd.grad(logits_TE, (x_TD, weight_ED), dlogits_TE)]
+    wide = [t.detach().double().requires_grad_() for t in (x_TD, weight_ED)]
+    want_TE = wide[0] @ wide[1].T
+    want = [want_TE, *torch.autograd.grad(want_TE, wide, dlogits_TE.double())]
+    assert got[0].dtype == torch.float32
+    assert_near(got, want, 4e-3 if dtype == torch.bfloat16 else 5e-6)
+    assert_near([got[0], got[2]], [want[0], want[2]], 5e-6)
+    assert all(torch.equal(a, b) for a, b in zip(got, [gate._gate(x_TD, weight_ED), *got[1:]], strict=True))
+
+
+def test_written_out_sum_equals_the_product(monkeypatch):
+    dlogits_TE, weight_ED = torch.randn(9, 5), torch.randn(5, 64)
+    want_TD = gate._by_tokens(dlogits_TE, weight_ED)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(gate._by_tokens(dlogits_TE, weight_ED), want_TD)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from moe import REGULARIZERS, ROUTERS, MoEGPT2Config, MoEGPT2LMHeadModel
+from moe import REGULARIZERS, ROUTERS, MoEGPT2Config, MoEGPT2LMHeadModel, generation
 from moe.modeling import MoEGPT2Block
 from tests.moe.conftest import TINY
 
@@ -379,3 +379,30 @@ def test_inputs_are_checked(tiny: Build, ids: Tensor) -> None:
     model = tiny().eval()
     embedded = model.transformer.wte(ids)
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({}, True),
+        ({"cache_implementation": "static", "disable_compile": True}, True),
+        ({"min_new_tokens": 2}, True),
+        ({"do_sample": True}, True),
+        ({"return_dict_in_generate": True}, False),
+        ({"use_cache": False}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_ordinary_generate_call_is_one_for_the_graph(
+    tiny: Build, options: dict[str, Any], plain: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on CPU, where no graph runs: which calls `generate` hands over as it hands them over."""
+    model = tiny().eval()
+    ids_BS = torch.randint(2, 60, (3, 5))
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[0, :2] = 1 - int(padded)
+    seen: list[bool] = []
+    monkeypatch.setattr(generation, "_serves", lambda model, *rest: seen.append(generation._plain(*rest)))
+    model.generate(ids_BS, attention_mask=mask_BS, max_new_tokens=3, pad_token_id=0, **options)
+    assert seen == [plain]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
+from pipelines.records import AnchorRecord, EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
 
 START = dt.datetime(2026, 1, 1, 12, tzinfo=dt.UTC)
 SWEEP = "synthetic"
@@ -174,7 +174,7 @@ def power(record: TrialRecord, samples: int = 60) -> list[PowerRecord]:
                 time_s=0.5 * i,
                 phase=phase,
                 power_w=watts + 10 * math.sin(i),
-                modelled_power_w=watts + 5.0,
+                modelled_power_w=watts + 5.0 if phase == "train" else None,
                 temperature_c=40 + 15 * (1 - math.exp(-i / 20)),
                 memory_bytes=2_000_000_000,
                 sm_utilization=0.9,
@@ -184,6 +184,33 @@ def power(record: TrialRecord, samples: int = 60) -> list[PowerRecord]:
             )
         )
     return rows
+
+
+def anchor(board: str, position: str, joules: float | None, **changes: Any) -> AnchorRecord:
+    """One row of `anchors`."""
+    values: dict[str, Any] = {
+        "sweep_id": SWEEP,
+        "trial_id": board,
+        "attempt": 0 if position == "start" else 1,
+        "session": "s1",
+        "position": position,
+        "gpu_uuid": board,
+        "gpu_name": "Synthetic GPU",
+        "host": "localhost",
+        "workload": "anchor 2, torch 2",
+        "energy_source": "counter",
+        "j_per_token": joules,
+        "energy_j": 8000.0,
+        "shared": False,
+        "started_at": START,
+    }
+    return AnchorRecord(**{**values, **changes})
+
+
+def write_anchors(store: Store, *rows: AnchorRecord) -> None:
+    """Each reading in a file of its own, as boards write them."""
+    for row in rows:
+        store.write(AnchorRecord, [row], sweep_id=row.sweep_id, trial_id=row.trial_id, attempt=row.attempt)
 
 
 def sweep(sizes: tuple[int, int, int] = (2, 3, 3), seed: int = 0) -> list[TrialRecord]:

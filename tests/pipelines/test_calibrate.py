@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import types
 
 import pytest
@@ -225,6 +226,26 @@ def test_a_decode_step_opens_no_more_experts_than_asked(opened):
     step.run()
     step.run()
     assert all(int(layer.cumulative_length) == step.context for layer in step.cache.layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")), reason="needs a GPU")
+def test_a_decode_step_is_the_one_that_generate_replays():
+    pytest.importorskip("triton", reason="needs Triton")
+    cuda = torch.cuda.is_available()
+    shape = {**tiny("decode_step")["shape"], "d_model": 64, "num_heads": 2, "expert_widths": [64] * 4, "top_k": 2}
+    step = DecodeStep(
+        tiny("decode_step", batch_size=3, seq_len=16, shape=shape), torch.device("cuda" if cuda else "cpu")
+    )
+    replay = step._replay if cuda else step._graphed(torch.float32, graph=False)
+    assert step.own_step
+    first = replay.func.__self__.logits_TV.clone()
+    replay()
+    assert torch.equal(replay.func.__self__.logits_TV, first)  # it stays where it is
+    found = step.configure({"open": 2})
+    replay()
+    assert found == {"open_experts": 2.0, "own_step": 1.0}
+    assert not torch.equal(replay.func.__self__.logits_TV, first)  # experts were barred in the captured step too
 
 
 def test_made_up_text_has_the_frequencies_of_text():

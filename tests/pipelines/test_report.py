@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from pipelines import chart, figures, svg
-from pipelines.records import Store
+from pipelines.records import PowerRecord, Store
 from pipelines.report import Bill, watch, write_report
 from pipelines.results import load
+from pipelines.sections_energy import power_section
 from tests.pipelines import synthetic
 from tests.pipelines.browser import open_browser
 from tests.pipelines.synthetic import SWEEP, trial
@@ -52,7 +54,15 @@ def rows() -> list:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    synthetic.write(out, rows())
+    store = synthetic.write(out, rows())
+    whole = {"s_per_step": 0.033, "steps": 303, "mean_power_w": 688.0, "mean_temperature_c": 57.0, "flags": ["late"]}
+    boards = ("GPU-00000000-1111-2222-3333-444444444444", "GPU-99999999-1111-2222-3333-444444444444")
+    for i, board in enumerate(boards):
+        for j, position in enumerate(("start", "end")):
+            at = synthetic.START + dt.timedelta(hours=j, seconds=i)
+            joules = (1 + 0.03 * i + 0.01 * j) * 1e-4
+            more = {"j_per_token_uncertainty": 2e-7, "started_at": at}
+            synthetic.write_anchors(store, synthetic.anchor(board, position, joules, **more, **whole))
     links = {"k1-l0-s0": "http://127.0.0.1:5000/#/experiments/1/runs/abc"}
     bill = Bill(decode_tokens=1e6, price_per_kwh=0.3, co2_g_per_kwh=400.0)
     return write_report(out, SWEEP, links=links, bill=bill, papers="none")[0]
@@ -118,6 +128,8 @@ def test_the_page_is_whole_and_loads_nothing(page: Path) -> None:
         "Effective experts over training",
         "Load per expert",
         "Measured − modelled",
+        "the same work takes 3.0% more joules",
+        "The anchor workload took 32,000 J beside them",
         "throttled from",
         "Agreement with λ = 0",
         "load, compile, warm-up 1",
@@ -164,6 +176,22 @@ def test_sources_are_never_added_up(tmp_path: Path) -> None:
     text = write_report(tmp_path, SWEEP, papers="none")[0].read_text()
     assert "270 J (counter) and 135 J (modelled)" in text
     assert "some modelled" in text
+
+
+def test_nothing_is_drawn_where_nothing_is_modelled(tmp_path: Path) -> None:
+    """Training, a pause, training: the modelled line has a gap, the measured one has none, however many samples."""
+    for samples, most in ((60, 60), (4000, 500)):
+        row = trial(f"n{samples}", sweep_id=f"s{samples}")
+        store = synthetic.write(tmp_path, [row])
+        store.write(PowerRecord, synthetic.power(row, samples), sweep_id=row.sweep_id, trial_id=row.trial_id, attempt=0)
+        section = power_section(load(tmp_path, row.sweep_id))
+        assert section is not None
+        lines = section.figures[0].lines
+        assert [line.tip for line in lines] == ["measured", "modelled", "modelled"]
+        assert lines[1].x[0] >= 5.0
+        assert lines[1].x[-1] < 20.0
+        assert lines[2].x[0] >= 22.5
+        assert sum(len(line.x) for line in lines) <= 2 * most
 
 
 def test_a_sweep_without_a_front_gets_a_page_that_says_why(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.services import reachable
 
 
@@ -24,3 +27,14 @@ def test_a_server_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyP
         assert reachable()["MLflow"].endswith("answers")
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     assert "does not answer" in reachable()["Ray"]
+
+
+def test_doctor_tells_people_and_programs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = CliRunner().invoke(app, ["doctor", "--json"], catch_exceptions=False)
+    found = json.loads(done.output)
+    assert {"source", "reason", "gpus", "rapl", "watts_per_core", "driver_version", "versions"} <= set(found)
+    assert set(found["services"]) == {"Ray", "MLflow"}
+    text = CliRunner().invoke(app, ["doctor"], catch_exceptions=False).output
+    for words in (f"Energy source here: {found['source']}", found["reason"], found["services"]["Ray"]):
+        assert words in text

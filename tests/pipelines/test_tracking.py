@@ -126,6 +126,18 @@ def test_the_sweeps_run_holds_front_and_table(out: Path) -> None:
     assert len(table["data"]) == len(front)
 
 
+def test_a_later_report_joins_the_sweeps_run(out: Path) -> None:
+    page = out / "index.html"
+    page.write_text("<p>", encoding="utf-8")
+    Tracker(out).attach(SWEEP, [page])  # no run yet: nothing to join
+    tracker = Tracker(out)
+    tracker.start_sweep(SWEEP)
+    Tracker(out).attach(SWEEP, [page])
+    client, _ = tracker._client()
+    assert [a.path for a in client.list_artifacts(tracker._sweep_run.info.run_id)] == ["index.html"]
+    assert contents(out)["runs"] != []
+
+
 def test_the_power_trace_is_an_artifact(out: Path) -> None:
     store = synthetic.write(out, [trial()])
     Tracker(out).mirror(store, SWEEP)

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from hwcost import EnergyMonitor
+from moe.dense import to_gpt2
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.data import load_corpus
 from pipelines.evaluation import converged_at, evaluate
@@ -97,8 +98,12 @@ def test_the_same_seed_gives_the_same_loss_to_the_bit(tiny: dict[str, Any], tmp_
 
 def test_the_dense_model_is_the_plain_gpt2(tiny: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(tiny, router="dense")
-    model, _, _ = built(config)
-    assert type(model) is transformers.GPT2LMHeadModel
+    model, corpus, _ = built(config)
+    assert not model.routers
+    plain = to_gpt2(model)
+    assert type(plain) is transformers.GPT2LMHeadModel
+    block_BS = corpus.splits["train"].blocks_NS[:2].long()
+    torch.testing.assert_close(plain.eval()(block_BS).logits, model.eval()(block_BS).logits)
     record = run_trial(config, out=tmp_path)
     assert record.state == "COMPLETED", record.error
     assert record.top_k is None

@@ -1,0 +1,43 @@
+"""The dense model in the class of those with experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from moe import MoEGPT2LMHeadModel
+from moe.dense import to_gpt2, without_experts
+
+
+def test_there_and_back(dense: Callable[..., GPT2LMHeadModel], ids: Tensor, tmp_path: Path) -> None:
+    plain = dense()
+    model = without_experts(plain)
+    assert isinstance(model, MoEGPT2LMHeadModel)
+    assert not model.routers
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    to_gpt2(model).save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, plain(ids).logits)
+    assert loaded.config.n_positions == plain.config.n_positions
+
+
+def test_the_losses_and_gradients_are_those_of_gpt2(dense: Callable[..., GPT2LMHeadModel], ids: Tensor) -> None:
+    plain = dense(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+    plain.loss_type = "ForCausalLM"
+    model = without_experts(plain)
+    assert model.training
+    for each in (plain, model):
+        each(ids, labels=ids).loss.backward()
+    for (name, own), (_, want) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(own.grad, want.grad, msg=name)
+
+
+def test_a_model_with_experts_is_no_dense_one(tiny: Callable[..., MoEGPT2LMHeadModel]) -> None:
+    with pytest.raises(ValueError, match="moe_layers"):
+        to_gpt2(tiny())
