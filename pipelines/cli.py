@@ -196,7 +196,8 @@ def space(
     basis = f"profile {found.profile}" + (", analytic: nothing was calibrated for it" if found.analytic else "")
     console.print(
         f"Training, modelled ({basis}): {found.energy_j * share / 3.6e6:.3g} kWh, "
-        f"{clock(found.duration_s * share)} on one GPU. Setup and evaluation come on top.",
+        f"{clock(found.duration_s * share)} on one GPU. On top: {clock(found.phases_s * share)} to measure prefill and "
+        f"decode, {found.shapes} shapes to compile once per process (half a minute to a minute each), evaluation.",
         soft_wrap=True,
         markup=False,
     )

@@ -19,6 +19,10 @@ PRICED_ROUTERS = frozenset({"energy", "opening", "piggyback"})
 # Keys that say where and how a trial runs, not which experiment it is.
 _NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads", "anytime", "checkpoint", "prefill")
 ANYTIME_EPOCHS = 4
+#: Seconds for which prefill and decode are repeated, and before that without measuring, by kind of device.
+MEASURE_S = {"cuda": 5.0, "cpu": 0.3}
+WARMUP_S = {"cuda": 1.0, "cpu": 0.05}
+_GPU_COUNTS = ("gpus", "num_gpus", "gpus_per_trial")
 
 
 class ConfigError(ValueError):
@@ -97,6 +101,15 @@ class TrialConfig(pydantic.BaseModel):
             return cls.model_validate(dict(values))
         except pydantic.ValidationError as error:
             raise ConfigError(_one_line(error)) from None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _one_gpu(cls, values: Any) -> Any:
+        """A trial has one GPU or none; a space that asks for more is refused, whatever it calls them."""
+        asked = [key for key in _GPU_COUNTS if isinstance(values, Mapping) and key in values]
+        for key in asked:
+            _expect(key, "1: one trial, one GPU, so that its joules are its own", values[key] == 1, values[key])
+        return {key: value for key, value in values.items() if key not in asked} if asked else values
 
     @pydantic.model_validator(mode="before")
     @classmethod

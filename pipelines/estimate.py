@@ -7,16 +7,22 @@ from collections.abc import Sequence
 
 from hwcost import CostModel
 from hwcost.ops import ModelShape
-from pipelines.config import TrialConfig
+from pipelines.config import MEASURE_S, WARMUP_S, TrialConfig
 from pipelines.model import expert_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Modelled joules and seconds of the training of some trials, one after the other."""
+    """Modelled joules and seconds of the training of some trials, one after the other.
+
+    `phases_s` is what they take to measure prefill and decode, by their settings; `shapes` is how many models of
+    different code there are to compile, once per process.
+    """
 
     energy_j: float
     duration_s: float
+    phases_s: float
+    shapes: int
     analytic: bool
     profile: str
     flags: tuple[str, ...] = ()
@@ -45,10 +51,24 @@ def estimate(trials: Sequence[TrialConfig], *, gpu_name: str | None, epoch_token
     return Estimate(
         energy_j=energy_j,
         duration_s=duration_s,
+        phases_s=sum(phases_s(trial) for trial in trials),
+        shapes=len({_code(trial) for trial in trials}),
         analytic=model.analytic,
         profile=model.profile.name,
         flags=tuple(flags),
     )
+
+
+def phases_s(trial: TrialConfig) -> float:
+    """Seconds of measuring prefill and decode on a GPU, warm-up included."""
+    phases = int(trial.prefill) + len(trial.decode_batches)
+    return phases * ((trial.measure_seconds or MEASURE_S["cuda"]) + WARMUP_S["cuda"])
+
+
+def _code(trial: TrialConfig) -> tuple[object, ...]:
+    """What tells compiled code apart, as far as settings go."""
+    regularized = (trial.regularizer, trial.regularizer_weight) if trial.regularizer_weight else None
+    return (str(shape_of(trial)), trial.router, regularized, trial.batch_size, trial.seq_len)
 
 
 def epochs_trained(trial: TrialConfig) -> float:

@@ -16,12 +16,9 @@ import torch
 
 from hwcost import EnergyMonitor, Measurement
 from moe import RoutingStats, RoutingSummary
-from pipelines.config import NonFiniteLossError, TrialConfig
+from pipelines.config import MEASURE_S, WARMUP_S, NonFiniteLossError, TrialConfig
 from pipelines.data import Corpus, TokenSplit
 from pipelines.model import Hardware
-
-_SECONDS = {"cuda": 5.0, "cpu": 0.3}
-_WARMUP_SECONDS = {"cuda": 1.0, "cpu": 0.05}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +139,9 @@ def _repeat(
     """Warm up, then repeat for the measuring time inside one window."""
     device = hardware.device.type
     with monitor.window(f"{name}_warmup", modelled_power_w=modelled_power_w):
-        _for_seconds(once, _WARMUP_SECONDS[device], hardware)
+        _for_seconds(once, WARMUP_S[device], hardware)
     with monitor.window(name, modelled_power_w=modelled_power_w) as window:
-        repeats = _for_seconds(once, config.measure_seconds or _SECONDS[device], hardware)
+        repeats = _for_seconds(once, config.measure_seconds or MEASURE_S[device], hardware)
     energy = window.measurement.energy_j
     done = tokens * repeats
     return PhaseEnergy(

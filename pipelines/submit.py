@@ -19,6 +19,7 @@ PACKAGES = ("pipelines", "moe", "hwcost", "tune_spaces")
 # Tune saves its state at SIGINT; the default, SIGTERM and then SIGKILL after 3 s, would not let it.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 _POLL_S = 0.5
+_READY_S = 60.0
 
 
 def submit_sweep(
@@ -40,21 +41,35 @@ def submit_sweep(
     Raises:
         ConfigError: no Ray head answers at the address, or it refuses the job.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     with tempfile.TemporaryDirectory() as folder:
         package(Path(folder), space)
         try:
             client = JobSubmissionClient(address)
-            job_id = client.submit_job(
+            job_id = _accepted(
+                client,
                 entrypoint=entrypoint(space, out, overrides or {}, options),
                 runtime_env={"working_dir": folder, "env_vars": {**_STOP, "PYTHONPATH": "."}},
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"address: expected a Ray head at {address}, got {reason}") from None
     print(f"Submitted {job_id} to {address}.", flush=True)
     return _follow(client, job_id) if follow else 0
+
+
+def _accepted(client: Any, **job: Any) -> str:
+    """Submit; a head that has just started has no agent to take jobs for some seconds."""
+    deadline_s = time.monotonic() + _READY_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+                raise
+            time.sleep(_POLL_S)
 
 
 def package(folder: Path, space: Path) -> None:

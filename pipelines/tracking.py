@@ -40,6 +40,8 @@ log = logging.getLogger("joulemoe.tracking")
 EXPERIMENT = "joulemoe"
 DEFAULT_UI = "http://127.0.0.1:5000"
 _STATUS = {"COMPLETED": "FINISHED", "STOPPED": "FINISHED", "FAILED": "FAILED"}
+#: Tag of a run that holds all of its trial's row and so many epochs.
+_WHOLE = "mirrored"
 #: A metric that every epoch has: its history tells which epochs a run already holds.
 _EVERY_EPOCH = "epoch/tokens_trained"
 _NO_STORE = "the results are not in a local folder: name a tracking URI or set MLFLOW_TRACKING_URI"
@@ -101,6 +103,8 @@ class Tracker:
         self.sweep_id: str | None = None
         self._opened: tuple[Any, str] | None = None
         self._runs: dict[tuple[str, int], Any] = {}
+        self._new: dict[str, set[int]] = {}  # epochs that a run of this session holds, until its trial ended
+        self._stale = False
         self._sweep_run: Any = None
 
     @classmethod
@@ -188,7 +192,7 @@ class Tracker:
         curves = _by_attempt(store, EpochRecord, sweep_id)
         traces = _by_attempt(store, PowerRecord, sweep_id)
         rows = [TrialRecord(**row) for row in store.read(TrialRecord, sweep_id).to_pylist()]
-        self._select(sweep_id)
+        self._select(sweep_id, fresh=True)
         for row in sorted(rows, key=lambda row: (row.started_at, row.trial_id, row.attempt)):
             key = (row.trial_id, row.attempt)
             self._write_trial(row, curves.get(key, []), traces.get(key, []))
@@ -198,14 +202,14 @@ class Tracker:
 
     def run_urls(self, sweep_id: str, base: str = DEFAULT_UI) -> dict[str, str]:
         """Address of each trial's run in the MLflow UI, by trial id (its last attempt)."""
-        self._select(sweep_id)
+        self._select(sweep_id, fresh=True)
         _, experiment = self._client()
         ordered = sorted(self._runs.items(), key=lambda item: item[0][1])
         return {trial: f"{base}/#/experiments/{experiment}/runs/{run.info.run_id}" for (trial, _), run in ordered}
 
     def compare_url(self, sweep_id: str, base: str = DEFAULT_UI) -> str:
         """The MLflow UI's page that compares the last attempts of a sweep's trials that have a loss."""
-        self._select(sweep_id)
+        self._select(sweep_id, fresh=True)
         _, experiment = self._client()
         last = {trial: run for (trial, _), run in sorted(self._runs.items(), key=lambda item: item[0][1])}
         order = sorted(last.values(), key=lambda run: (run.info.start_time, run.info.run_id))
@@ -240,9 +244,9 @@ class Tracker:
                 self._opened = client, _experiment(client, self.uri, self.out)
         return self._opened
 
-    def _select(self, sweep_id: str) -> None:
-        """Load the runs of a sweep; afterwards they are known without asking."""
-        if self.sweep_id == sweep_id:
+    def _select(self, sweep_id: str, *, fresh: bool = False) -> None:
+        """Load the runs of a sweep; afterwards they are known without asking. `fresh`: with what was just logged."""
+        if self.sweep_id == sweep_id and not (fresh and self._stale):
             return
         client, experiment = self._client()
         self._runs, self._sweep_run = {}, None
@@ -255,7 +259,7 @@ class Tracker:
             token = page.token
             if not token:
                 break
-        self.sweep_id = sweep_id
+        self.sweep_id, self._stale = sweep_id, False
 
     def _remember(self, run: Any) -> Any:
         tags = run.data.tags
@@ -271,7 +275,8 @@ class Tracker:
             client, experiment = self._client()
             tags = {"sweep_id": self.sweep_id, "trial_id": trial_id, "attempt": attempt, "kind": "trial"}
             name = trial_id if attempt == 0 else f"{trial_id} attempt {attempt}"
-            self._remember(client.create_run(experiment, start_time=start, tags=_strings(tags), run_name=name))
+            run = self._remember(client.create_run(experiment, start_time=start, tags=_strings(tags), run_name=name))
+            self._new[run.info.run_id] = set()
         return self._runs[key]
 
     def _write_trial(
@@ -280,15 +285,20 @@ class Tracker:
         self._select(record.sweep_id)
         client, _ = self._client()
         run = self._trial_run(record.trial_id, record.attempt, start=start_ms(record))
+        whole = f"{record.state} {len(epochs)}"
+        if run.data.tags.get(_WHOLE) == whole and run.info.status == _STATUS[record.state]:
+            return
         self._log_epochs(run, list(zip(epochs, epoch_times(record, epochs), strict=True)))
-        run = self._remember(client.get_run(run.info.run_id))
+        if run.info.run_id not in self._new:  # what a new run holds is known without asking
+            run = self._remember(client.get_run(run.info.run_id))
         self._log_params(run, trial_params(record))
         self._log_metrics(run, trial_metrics(record), end_ms(record), step=record.epochs)
-        self._log_tags(run, trial_tags(record))
         self._log_power(run, record, power)
+        self._log_tags(run, trial_tags(record) | {_WHOLE: whole})  # last: it says that the rest is there
         if run.info.status != _STATUS[record.state]:
             client.set_terminated(run.info.run_id, _STATUS[record.state], end_ms(record))
-        self._remember(client.get_run(run.info.run_id))
+        self._new.pop(run.info.run_id, None)
+        self._stale = True
 
     def _log_epochs(self, run: Any, rows: Sequence[tuple[EpochRecord, int]]) -> None:
         if not rows:
@@ -296,7 +306,9 @@ class Tracker:
         client, _ = self._client()
         from mlflow.entities import Metric
 
-        have = {metric.step for metric in client.get_metric_history(run.info.run_id, _EVERY_EPOCH)}
+        have = self._new.get(run.info.run_id)
+        if have is None:
+            have = {metric.step for metric in client.get_metric_history(run.info.run_id, _EVERY_EPOCH)}
         batch = [
             Metric(name, value, stamp, row.epoch)
             for row, stamp in rows
@@ -305,6 +317,7 @@ class Tracker:
         ]
         for part in _parts(batch):
             client.log_batch(run.info.run_id, metrics=part)
+        have |= {row.epoch for row, _ in rows}
 
     def _log_metrics(self, run: Any, values: Mapping[str, float], stamp: int, *, step: int) -> None:
         from mlflow.entities import Metric

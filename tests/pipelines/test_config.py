@@ -94,3 +94,11 @@ def test_a_config_survives_json(tiny: dict[str, Any]) -> None:
     config = TrialConfig.parse(tiny)
     assert TrialConfig.parse(config.model_dump(mode="json")) == config
     assert TrialConfig.parse({"num_experts": 4}).width_factors == (1.0,) * 4
+
+
+@pytest.mark.parametrize("key", ["gpus", "num_gpus", "gpus_per_trial"])
+def test_a_trial_that_wants_more_than_one_gpu_is_refused(tiny: dict[str, Any], key: str) -> None:
+    assert TrialConfig.parse(tiny | {key: 1}) == TrialConfig.parse(tiny)
+    with pytest.raises(ConfigError, match=f"{key}: expected 1: one trial, one GPU.*got 2") as caught:
+        TrialConfig.parse(tiny | {key: 2})
+    assert "\n" not in str(caught.value)

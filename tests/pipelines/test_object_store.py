@@ -1,0 +1,211 @@
+"""A whole sweep on S3, with an MLflow server: the real API of both, on loopback."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import pytest
+import yaml
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+from pipelines import parquet
+from pipelines.config import ConfigError
+from pipelines.journal import Journal
+from pipelines.pareto import pareto_front
+from pipelines.records import EpochRecord, Store, TrialRecord
+from pipelines.sweep import check_storage
+from tests.pipelines import synthetic
+
+BUCKET = "joules"
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+class QuietHandler(WSGIRequestHandler):
+    """No line per request."""
+
+    def log(self, type: str, message: str, *args: Any) -> None:
+        """Nothing."""
+
+
+@dataclasses.dataclass
+class ObjectStore:
+    """Moto's S3 behind a counter that can refuse requests, as a busy store does."""
+
+    app: Any
+    port: int = 0
+    puts: Counter[str] = dataclasses.field(default_factory=Counter)
+    refused: Counter[str] = dataclasses.field(default_factory=Counter)
+    multipart: int = 0
+    refuse: str | None = None  # refuse the first PUT of every object whose key contains this
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        """A request."""
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.multipart += "upload" in environ["QUERY_STRING"]
+        if method == "PUT" and path.count("/") > 1:
+            if self.refuse is not None and self.refuse in path and not self.refused[path]:
+                self.refused[path] += 1
+                start("503 Slow Down", [("Content-Length", "0"), ("Connection", "close")])
+                return [b""]
+            self.puts[path] += 1
+        return self.app(environ, start)
+
+    def uri(self, folder: str) -> str:
+        """OUT on this store."""
+        return f"s3://{BUCKET}/{folder}?scheme=http&endpoint_override=127.0.0.1:{self.port}&region=us-east-1"
+
+
+@pytest.fixture(scope="module")
+def objects() -> Iterator[ObjectStore]:
+    """An S3 server with an empty bucket."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+    before = {key: os.environ.get(key) for key in KEYS}
+    os.environ.update(KEYS)
+    store = ObjectStore(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=QuietHandler)
+    store.port = server.server_port
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    uri = store.uri("x") + "&allow_bucket_creation=true"
+    pafs.FileSystem.from_uri(uri)[0].create_dir(BUCKET)
+    try:
+        yield store
+    finally:
+        server.shutdown()
+        thread.join()
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[str]:
+    """A real tracking server over sqlite."""
+    port = free_port()
+    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--backend-store-uri", f"sqlite:///{tmp_path}/m.db", "--artifacts-destination", f"{tmp_path}/artifacts"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    server = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    base = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{base}/health", server)
+        yield base
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Until a server answers."""
+    for _ in range(600):
+        assert server.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+def test_a_table_is_one_put_and_a_refused_one_is_sent_again(objects: ObjectStore) -> None:
+    store = Store(objects.uri("tables"))
+    objects.multipart = 0
+    row = synthetic.trial("t0")
+    store.write(TrialRecord, [row], sweep_id=row.sweep_id, trial_id="t0", attempt=0)
+    path = f"/{store.path(TrialRecord, row.sweep_id, 't0', 0)}"
+    assert objects.puts[path] == 1
+    assert objects.multipart == 0
+    objects.refuse = "t1-0"
+    other = synthetic.trial("t1")
+    store.write(TrialRecord, [other], sweep_id=row.sweep_id, trial_id="t1", attempt=0)
+    objects.refuse = None
+    assert sum(objects.refused.values()) == 1
+    assert sorted(store.read(TrialRecord)["trial_id"].to_pylist()) == ["t0", "t1"]
+
+
+def test_a_lease_on_an_object_store_keeps_a_second_driver_out(objects: ObjectStore) -> None:
+    out = objects.uri("lease")
+    with Journal(out, "s").driving(), pytest.raises(ConfigError, match="resume: expected a sweep that nobody drives"):
+        Journal(out, "s").driving().__enter__()
+    with Journal(out, "s").driving():
+        pass  # it was given back
+
+
+def test_a_tracking_uri_is_required(objects: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="tracking-uri: expected the address of an MLflow server") as caught:
+        check_storage(objects.uri("x"), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_any_fsspec_uri_opens(tmp_path: Path) -> None:
+    fs, path = parquet.filesystem("memory://joules/out")
+    with fs.open_output_stream(f"{path}/a.txt") as sink:
+        sink.write(b"1")
+    assert fs.get_file_info(f"{path}/a.txt").is_file
+
+
+@pytest.mark.slow
+def test_a_whole_sweep_on_s3(tiny: dict[str, Any], tmp_path: Path, objects: ObjectStore, mlflow_server: str) -> None:
+    space = tmp_path / "s.yaml"
+    space.write_text(yaml.safe_dump({"question": "?", "trial": tiny | {"top_k": {"grid": [1, 2]}}}))
+    objects.puts.clear()
+    objects.refused.clear()
+    objects.multipart, objects.refuse = 0, "/trials/"
+    out = objects.uri("sweep")
+    words = [sys.executable, "-m", "pipelines.cli", "sweep", str(space), "--out", out, "--parallel", "1"]
+    done = subprocess.run(
+        [*words, "--tracking-uri", mlflow_server],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        cwd=tmp_path,
+    )
+    objects.refuse = None
+    assert done.returncode == 0, done.stdout + done.stderr
+    store = Store(out)
+    (sweep_id,) = store.sweep_ids()
+    assert store.read(TrialRecord)["state"].to_pylist() == ["COMPLETED", "COMPLETED"]
+    assert set(store.read(EpochRecord)["epoch"].to_pylist()) == {0, 1}
+    assert len(objects.refused) >= 2  # each trial's row was refused once and sent again
+    tables = {path: count for path, count in objects.puts.items() if path.endswith(".parquet") and "epochs" not in path}
+    assert set(tables.values()) == {1}, tables
+    assert len(pareto_front(store, sweep_id=sweep_id)) >= 1
+    asked = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "pareto", out, "--format", "json"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert sweep_id in asked.stdout
+    assert not list(tmp_path.glob("s3:*"))  # nothing took the URI for a folder
+
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=mlflow_server)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.kind = 'trial'")
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED"]
+    assert all("eval_loss_nats" in run.data.metrics for run in runs)
