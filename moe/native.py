@@ -122,10 +122,10 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def gelu(pre_RW: Tensor, hidden_RW: Tensor) -> None:
-    """hidden = gelu(pre), the tanh form; ``pre`` becomes its slope. Rows may be strided, columns not."""
+def gelu(pre_RW: Tensor, bias_W: Tensor, hidden_RW: Tensor) -> None:
+    """hidden = gelu(pre + bias), the tanh form; ``pre`` becomes its slope there. Rows may be strided, columns not."""
     rows, width = pre_RW.shape
-    _call("gelu_forward", pre_RW, hidden_RW, rows, width, pre_RW.stride(0), hidden_RW.stride(0), _threads())
+    _call("gelu_forward", pre_RW, bias_W, hidden_RW, rows, width, pre_RW.stride(0), hidden_RW.stride(0), _threads())
 
 
 def scale_by_slope(gradient_RW: Tensor, slope_RW: Tensor, column_sum_W: Tensor) -> None:
