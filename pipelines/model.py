@@ -11,7 +11,7 @@ import transformers
 
 from hwcost import CostModel
 from hwcost.ops import ModelShape
-from moe import ROUTERS, MoEGPT2Config, upcycle
+from moe import ROUTERS, MoEGPT2Config, native, upcycle
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
 from pipelines.data import Corpus
 from pipelines.hub import OFFLINE_OPTIONS, first_line, prepare_hub
@@ -118,6 +118,8 @@ def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tupl
     """The model of a trial on its device, and the prices of each phase (None for the dense model). Those of training
     are on its routers."""
     torch.manual_seed(config.seed)
+    if hardware.device.type == "cpu":
+        native.library()  # a first compilation belongs to the set-up, not to the training window
     model = dense_model(config, corpus)
     prices = None
     if not config.is_dense:
