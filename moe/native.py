@@ -88,9 +88,9 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("JOULEMOE_NATIVE") == "0" or compiler is None:
         return None
     for openmp in dict.fromkeys((_openmp(), None)):
-        parts = (SOURCE.read_text(), compiler, *_FLAGS, str(openmp), torch.__version__, _cpu())
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
         try:
+            parts = (SOURCE.read_text(), compiler, *_FLAGS, str(openmp), torch.__version__, _cpu())
+            key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
             target = _folder() / f"native-{key}.so"
             if not target.exists():
                 _build(compiler, openmp, target)
