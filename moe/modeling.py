@@ -395,10 +395,9 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GraphedGeneration, GenerationMi
         widths = self.config.expert_widths
         if mean_selected_width is None:
             mean_selected_width = self.config.num_experts_per_tok * sum(widths) / len(widths)
+        idle = 1 - mean_selected_width / max(sum(widths), 1)
         for block in self.transformer.moe_blocks:
-            experts = sum(p.numel() for p in block.mlp.experts.parameters())
-            share = mean_selected_width / max(sum(widths), 1)
-            total -= round(experts * (1 - share))
+            total -= round(idle * sum(p.numel() for p in block.mlp.experts.parameters()))
         return total
 
 

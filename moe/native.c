@@ -54,7 +54,7 @@ static inline float keep(uint32_t key, uint32_t column, uint32_t threshold, floa
 
 static inline uint32_t drop_threshold(float p) { return (uint32_t)((double)p * 4294967296.0); }
 
-void gelu_forward(float *restrict pre, float *restrict hidden, int64_t rows, int64_t width, int64_t pre_stride,
+void gelu_forward(float *restrict pre, const float *restrict bias, float *restrict hidden, int64_t rows, int64_t width, int64_t pre_stride,
                   int64_t hidden_stride, int64_t threads) {
 #pragma omp parallel for num_threads((int)threads) if (threads > 1)
     for (int64_t r = 0; r < rows; r++) {
@@ -62,7 +62,7 @@ void gelu_forward(float *restrict pre, float *restrict hidden, int64_t rows, int
 #pragma omp simd
         for (int64_t c = 0; c < width; c++) {
             const float k = 1.5957691216057308f, a = 0.044715f; /* 2 sqrt(2/pi) */
-            float x = x_row[c], square = x * x;
+            float x = x_row[c] + bias[c], square = x * x;
             float s = 1.0f / (1.0f + fast_exp(-k * x * (1.0f + a * square)));
             h_row[c] = x * s;
             x_row[c] = s + x * s * (1.0f - s) * k * (1.0f + 3.0f * a * square);
@@ -157,13 +157,13 @@ void dropout(const float *restrict x, float *restrict y, int64_t rows, int64_t w
     for (int64_t r = 0; r < rows; r++) {
         uint32_t key = row_key(seed, r);
 #pragma omp simd
-        for (int64_t c = 0; c < width; c++) y[r * width + c] = x[r * width + c] * keep(key, c, threshold, scale);
+        for (int c = 0; c < (int)width; c++) y[r * width + c] = x[r * width + c] * keep(key, c, threshold, scale);
     }
 }
 
-/* Causal attention. qkv [B, S, 3, H, d]; four queries at a time against all keys that they may see, 16 keys a step. */
+/* Causal attention. qkv [B, S, 3, H, d]; QUERIES queries at a time against all keys that they may see, KEYS keys a step. */
 
-enum { QUERIES = 4, KEYS = 16 };
+enum { QUERIES = 6, KEYS = 16 };
 
 static void transpose(const float *restrict x, int64_t stride, float *restrict out, int64_t length, int64_t padded,
                       int64_t d) {
@@ -193,17 +193,29 @@ static void products(const float *const rows[QUERIES], const float *restrict col
     }
 }
 
-/* out[r][c] = sum_j weight[r][j] * rows[j][c] for 8 columns at a time */
+/* out[r][c] = sum_j weight[r][j] * rows[j][c], 16 columns at a time and 8 where no more are left */
 static void weighted(const float *restrict weight, int64_t padded, const float *restrict rows, int64_t stride,
                      float *const out[QUERIES], int64_t count, int64_t keys, int64_t d) {
-    for (int64_t c = 0; c < d; c += 8) {
-        v8 sum[QUERIES];
+    for (int64_t c = 0; c < d; c += 16) {
+        int wide = c + 8 < d;
+        v8 sum[QUERIES][2];
         memset(sum, 0, sizeof sum);
-        for (int64_t j = 0; j < keys; j++) {
-            v8 row = load(rows + j * stride + c);
-            for (int r = 0; r < QUERIES; r++) sum[r] += weight[r * padded + j] * row;
+        if (wide) {
+            for (int64_t j = 0; j < keys; j++) {
+                v8 low = load(rows + j * stride + c), high = load(rows + j * stride + c + 8);
+                for (int r = 0; r < QUERIES; r++) {
+                    sum[r][0] += weight[r * padded + j] * low;
+                    sum[r][1] += weight[r * padded + j] * high;
+                }
+            }
+        } else {
+            for (int64_t j = 0; j < keys; j++)
+                for (int r = 0; r < QUERIES; r++) sum[r][0] += weight[r * padded + j] * load(rows + j * stride + c);
         }
-        for (int64_t r = 0; r < count; r++) store(out[r] + c, sum[r]);
+        for (int64_t r = 0; r < count; r++) {
+            store(out[r] + c, sum[r][0]);
+            if (wide) store(out[r] + c + 8, sum[r][1]);
+        }
     }
 }
 
@@ -257,7 +269,7 @@ void attention_forward(const float *qkv, float *out, float *lse, int64_t batch, 
                 if (p > 0.0f) {
                     uint32_t key = row_key(seed, bh * length + i + r);
 #pragma omp simd
-                    for (int64_t j = 0; j < valid; j++) s[j] *= inverse * keep(key, j, threshold, kept);
+                    for (int j = 0; j < (int)valid; j++) s[j] *= inverse * keep(key, j, threshold, kept);
                 } else {
 #pragma omp simd
                     for (int64_t j = 0; j < valid; j++) s[j] *= inverse;
@@ -306,11 +318,12 @@ void attention_backward(const float *qkv, const float *out, const float *dout, c
                 if (valid) {
                     const float *o = out + flat + (i + r) * D;
                     float total = 0.0f, norm = lse[bh * length + i + r];
+#pragma omp simd reduction(+ : total)
                     for (int64_t c = 0; c < d; c++) total += drows[r][c] * o[c];
                     uint32_t key = row_key(seed, bh * length + i + r);
                     if (p > 0.0f) {
 #pragma omp simd
-                        for (int64_t j = 0; j < valid; j++) {
+                        for (int j = 0; j < (int)valid; j++) {
                             float share = fast_exp(s[j] - norm), m = keep(key, j, threshold, kept);
                             ds[j] = scale * share * (ds[j] * m - total);
                             s[j] = share * m;

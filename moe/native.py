@@ -88,9 +88,9 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("JOULEMOE_NATIVE") == "0" or compiler is None:
         return None
     for openmp in dict.fromkeys((_openmp(), None)):
-        parts = (SOURCE.read_text(), compiler, *_FLAGS, str(openmp), torch.__version__, _cpu())
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
         try:
+            parts = (SOURCE.read_text(), compiler, *_FLAGS, str(openmp), torch.__version__, _cpu())
+            key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
             target = _folder() / f"native-{key}.so"
             if not target.exists():
                 _build(compiler, openmp, target)
@@ -122,10 +122,10 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def gelu(pre_RW: Tensor, hidden_RW: Tensor) -> None:
-    """hidden = gelu(pre), the tanh form; ``pre`` becomes its slope. Rows may be strided, columns not."""
+def gelu(pre_RW: Tensor, bias_W: Tensor, hidden_RW: Tensor) -> None:
+    """hidden = gelu(pre + bias), the tanh form; ``pre`` becomes its slope there. Rows may be strided, columns not."""
     rows, width = pre_RW.shape
-    _call("gelu_forward", pre_RW, hidden_RW, rows, width, pre_RW.stride(0), hidden_RW.stride(0), _threads())
+    _call("gelu_forward", pre_RW, bias_W, hidden_RW, rows, width, pre_RW.stride(0), hidden_RW.stride(0), _threads())
 
 
 def scale_by_slope(gradient_RW: Tensor, slope_RW: Tensor, column_sum_W: Tensor) -> None:

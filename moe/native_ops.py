@@ -43,8 +43,8 @@ class _Experts(torch.autograd.Function):
         out_RD = torch.empty_like(x_RD)
         for n, rows, neurons, width in _groups(counts, widths):
             slope, hidden = slope_RW[rows, :width], hidden_RW[rows, :width]
-            torch.addmm(up_bias_P[neurons], x_RD[rows], up_PD[neurons].T, out=slope)
-            native.gelu(slope, hidden)
+            torch.mm(x_RD[rows], up_PD[neurons].T, out=slope)
+            native.gelu(slope, up_bias_P[neurons], hidden)
             torch.addmm(down_bias_ND[n], hidden, down_PD[neurons], out=out_RD[rows])
         ctx.counts, ctx.widths = counts, widths
         ctx.save_for_backward(weight_TK, up_PD, down_PD, x_RD, slope_RW, hidden_RW, out_RD, order_R)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.routers import Router, top_k
+from moe.routers import Router, log_softmax, top_k
 from moe.routing import Routing, Tokens
 
 EXACT_EXPERTS = 8
@@ -38,14 +38,17 @@ class OpeningRouter(Router):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE / self.temperature
+        log_probs_TE = log_softmax(score_TE)
         biased_TE = self.biased(score_TE)
         priced_TE = biased_TE - self.price_E()
         if self.active:
             priced_TE = priced_TE.masked_fill(~self._open(priced_TE, tokens), -torch.inf)
         expert_TK = top_k(priced_TE, self.top_k)
-        weight_TK = self.mix(score_TE, score_TE.log_softmax(dim=-1), expert_TK)
+        weight_TK = self.mix(score_TE, log_probs_TE, expert_TK)
         unpriced_TK = top_k(biased_TE, self.top_k)
-        return self.routing(logits_TE, weight_TK, tokens, expert_TK=expert_TK, unpriced_TK=unpriced_TK)
+        return self.routing(
+            logits_TE, weight_TK, tokens, log_probs_TE=log_probs_TE, expert_TK=expert_TK, unpriced_TK=unpriced_TK
+        )
 
     def _open(self, priced_TE: Tensor, tokens: Tokens) -> Tensor:
         """bool [T, E]: the experts that are open at each token's position."""
@@ -68,15 +71,18 @@ class PiggybackRouter(Router):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE / self.temperature
+        log_probs_TE = log_softmax(score_TE)
         biased_TE = self.biased(score_TE)
         priced_TE = biased_TE - self.price_E()
         score_BSE, valid_BS = by_position(priced_TE, tokens)
         open_SE = first_choices(score_BSE, self.top_k, valid_BS)
         open_TE = open_SE.expand(score_BSE.shape).reshape(priced_TE.shape)
         expert_TK = top_k(priced_TE.masked_fill(~open_TE, -torch.inf), self.top_k)
-        weight_TK = self.mix(score_TE, score_TE.log_softmax(dim=-1), expert_TK)
+        weight_TK = self.mix(score_TE, log_probs_TE, expert_TK)
         unpriced_TK = top_k(biased_TE, self.top_k)
-        return self.routing(logits_TE, weight_TK, tokens, expert_TK=expert_TK, unpriced_TK=unpriced_TK)
+        return self.routing(
+            logits_TE, weight_TK, tokens, log_probs_TE=log_probs_TE, expert_TK=expert_TK, unpriced_TK=unpriced_TK
+        )
 
 
 def by_position(score_TE: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:

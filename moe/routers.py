@@ -99,7 +99,7 @@ class Router(nn.Module, abc.ABC):
         if expert_TK.shape[-1] == 1:
             p_TK = log_probs_TE.gather(-1, expert_TK).exp()
             return p_TK / p_TK.detach()
-        return score_TE.gather(-1, expert_TK).softmax(dim=-1)
+        return softmax(score_TE.gather(-1, expert_TK))
 
     def routing(self, logits_TE: Tensor, weight_TK: Tensor, tokens: Tokens, **choice: Tensor | None) -> Routing:
         """Put a Routing together: masks padding out of the choices and zeroes the weights of what is not kept."""
@@ -111,7 +111,9 @@ class Router(nn.Module, abc.ABC):
             kept_TK = valid_TK if kept_TK is None else kept_TK & valid_TK
         if kept_TK is not None:
             weight_TK = weight_TK.masked_fill(~kept_TK, 0.0)
-        log_probs_TE = (logits_TE / self.temperature).log_softmax(dim=-1)
+        log_probs_TE = choice.pop("log_probs_TE", None)
+        if log_probs_TE is None:
+            log_probs_TE = log_softmax(logits_TE / self.temperature)
         # Reentrant checkpointing writes a grad_fn onto whatever a block returns: never the buffer itself.
         fields: dict[str, Any] = {
             "join_E": self.join_E.detach(),
@@ -153,6 +155,20 @@ def initial_buffers(config: MoEGPT2Config) -> dict[str, Tensor]:
     }
 
 
+def log_softmax(score_TE: Tensor) -> Tensor:
+    """Over the experts. A CPU takes rows of a few experts one by one; laid the other way they fill its vectors."""
+    if score_TE.is_cuda or torch.compiler.is_compiling():
+        return score_TE.log_softmax(dim=-1)
+    return score_TE.T.contiguous().log_softmax(dim=0).T
+
+
+def softmax(score_TK: Tensor) -> Tensor:
+    """Over the choices, laid out as in `log_softmax`."""
+    if score_TK.is_cuda or torch.compiler.is_compiling():
+        return score_TK.softmax(dim=-1)
+    return score_TK.T.contiguous().softmax(dim=0).T
+
+
 def top_k(score_TE: Tensor, k: int) -> Tensor:
     """Indices of the k largest scores, best first.
 
@@ -174,9 +190,10 @@ class TopKRouter(Router):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE / self.temperature
+        log_probs_TE = log_softmax(score_TE)
         expert_TK = top_k(self.biased(score_TE), self.top_k)
-        weight_TK = self.mix(score_TE, score_TE.log_softmax(dim=-1), expert_TK)
-        return self.routing(logits_TE, weight_TK, tokens, expert_TK=expert_TK)
+        weight_TK = self.mix(score_TE, log_probs_TE, expert_TK)
+        return self.routing(logits_TE, weight_TK, tokens, log_probs_TE=log_probs_TE, expert_TK=expert_TK)
 
 
 class EnergyRouter(Router):
@@ -190,14 +207,17 @@ class EnergyRouter(Router):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE / self.temperature
+        log_probs_TE = log_softmax(score_TE)
         biased_TE = self.biased(score_TE)
         priced_TE = biased_TE - self.price_E()
         if self.keep_first:
             priced_TE = self.with_first_kept(priced_TE)
         expert_TK = top_k(priced_TE, self.top_k)
-        weight_TK = self.mix(score_TE, score_TE.log_softmax(dim=-1), expert_TK)
+        weight_TK = self.mix(score_TE, log_probs_TE, expert_TK)
         unpriced_TK = top_k(biased_TE, self.top_k)
-        return self.routing(logits_TE, weight_TK, tokens, expert_TK=expert_TK, unpriced_TK=unpriced_TK)
+        return self.routing(
+            logits_TE, weight_TK, tokens, log_probs_TE=log_probs_TE, expert_TK=expert_TK, unpriced_TK=unpriced_TK
+        )
 
     def with_first_kept(self, priced_TE: Tensor) -> Tensor:
         """Scores by which each token takes the expert that is its best without `offset_E`, whatever was adapted."""
@@ -221,12 +241,21 @@ class CapacityRouter(Router):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE / self.temperature
+        log_probs_TE = log_softmax(score_TE)
         expert_TK = top_k(self.biased(score_TE), self.top_k)
-        weight_TK = self.mix(score_TE, score_TE.log_softmax(dim=-1), expert_TK)
+        weight_TK = self.mix(score_TE, log_probs_TE, expert_TK)
         if not self.training:
-            return self.routing(logits_TE, weight_TK, tokens, expert_TK=expert_TK)
+            return self.routing(logits_TE, weight_TK, tokens, log_probs_TE=log_probs_TE, expert_TK=expert_TK)
         kept_TK, dropped_TK = self._first_come(expert_TK, tokens.valid_T)
-        return self.routing(logits_TE, weight_TK, tokens, expert_TK=expert_TK, kept_TK=kept_TK, dropped_TK=dropped_TK)
+        return self.routing(
+            logits_TE,
+            weight_TK,
+            tokens,
+            log_probs_TE=log_probs_TE,
+            expert_TK=expert_TK,
+            kept_TK=kept_TK,
+            dropped_TK=dropped_TK,
+        )
 
     def _first_come(self, expert_TK: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
         asked_TKE = F.one_hot(expert_TK, self.num_experts)
@@ -254,13 +283,14 @@ class TopPRouter(Router):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE / self.temperature
+        log_probs_TE = log_softmax(score_TE)
         expert_TK = top_k(self.biased(score_TE), self.num_experts)
         mass_TK = self.biased(score_TE).softmax(dim=-1).gather(-1, expert_TK)
         kept_TK = mass_TK.cumsum(dim=-1) - mass_TK <= self.top_p
-        p_TK = score_TE.log_softmax(dim=-1).gather(-1, expert_TK).exp()
+        p_TK = log_probs_TE.gather(-1, expert_TK).exp()
         if self.mixing == "normalized":
             p_TK = p_TK / (p_TK.detach() * kept_TK).sum(dim=-1, keepdim=True)
-        return self.routing(logits_TE, p_TK, tokens, expert_TK=expert_TK, kept_TK=kept_TK)
+        return self.routing(logits_TE, p_TK, tokens, log_probs_TE=log_probs_TE, expert_TK=expert_TK, kept_TK=kept_TK)
 
 
 class PermutedRouter(Router):
@@ -275,14 +305,16 @@ class PermutedRouter(Router):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE / self.temperature
+        log_probs_TE = log_softmax(score_TE)
         biased_TE = self.biased(score_TE)
         expert_TK = top_k(biased_TE - self.price_E(), self.top_k)
-        weight_TK = self.mix(score_TE, score_TE.log_softmax(dim=-1), expert_TK)
+        weight_TK = self.mix(score_TE, log_probs_TE, expert_TK)
         source_T = permute_tokens(tokens, self.seed, fresh=self.training)
         return self.routing(
             logits_TE,
             weight_TK[source_T],
             tokens,
+            log_probs_TE=log_probs_TE,
             expert_TK=expert_TK[source_T],
             unpriced_TK=top_k(biased_TE, self.top_k)[source_T],
         )

@@ -15,7 +15,7 @@ import transformers
 
 from hwcost import CostModel
 from hwcost.ops import ModelShape
-from moe import ROUTERS, MoEGPT2Config, upcycle
+from moe import ROUTERS, MoEGPT2Config, native, upcycle
 from moe.dense import without_experts
 from moe.opening import choosing_launches
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
@@ -121,6 +121,8 @@ def build_model(config: TrialConfig, corpus: Corpus, hardware: Hardware) -> tupl
     """The model of a trial on its device, and the prices of each phase (None for the dense model). Those of training
     are on its routers."""
     torch.manual_seed(config.seed)
+    if hardware.device.type == "cpu":
+        native.library()  # a first compilation belongs to the set-up, not to the training window
     with hardware.device:  # built where it runs
         return _build(config, corpus, hardware)
 

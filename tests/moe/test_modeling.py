@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from moe import REGULARIZERS, ROUTERS, MoEGPT2Config, MoEGPT2LMHeadModel, generation
 from moe.modeling import MoEGPT2Block
@@ -159,16 +161,18 @@ def test_micro_batches_of_the_model_add_up(tiny: Build, ids: Tensor) -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # absent on 5.17
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["topk", "energy", "capacity", "topp", "random"])
+@pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_checkpointing_keeps_gradients_and_counts_once(tiny: Build, ids: Tensor, name: str, reentrant: bool) -> None:
     results = []
     for checkpointed in (False, True):
-        model = tiny(router=name, regularizers=ALL_REGULARIZERS, bias_balance_rate=0.1, moe_layers=[0]).train()
+        keys = {"regularizers": ALL_REGULARIZERS, "bias_balance_rate": 0.1, "moe_layers": [0]}
+        drops = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.2)  # the second forward drops the same
+        model = tiny(router=name, **keys, **drops).train()
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         torch.manual_seed(0)
-        output = model(ids, labels=ids)
+        output = model(ids, labels=ids, use_cache=False)  # as checkpointing does
         output.loss.backward()
         results.append(
             (output.loss, model.routers[0].count_E, [p.grad for p in model.parameters() if p.grad is not None])
@@ -211,6 +215,18 @@ def test_a_null_choice_keeps_its_share_of_the_mixture(tiny: Build) -> None:
     torch.testing.assert_close(mixed[0], weight_T * (hidden @ s["down_FD"] + s["down_bias_D"]))
     mixed.sum().backward()  # and so the null expert's logit learns
     assert mlp.router.gate.weight.grad[0].abs().max() > 0
+
+
+def test_one_expert_is_the_dense_network(tiny: Build) -> None:
+    """E = K = 1, in float32 (the C functions, where there are any) and in float64: outputs and gradients."""
+    dense = GPT2MLP(64, tiny().config)
+    mlp = tiny(expert_widths=[64], num_experts_per_tok=1).transformer.moe_blocks[0].mlp
+    mlp.experts.load_expert(0, dense.c_fc.weight, dense.c_fc.bias, dense.c_proj.weight, dense.c_proj.bias)
+    for dtype in (torch.float32, torch.float64):
+        x_BSD = torch.randn(2, 7, 32, dtype=dtype, requires_grad=True)
+        outputs = [mlp.to(dtype)(x_BSD, dataclasses.replace(_tokens(14), batch_size=2))[0], dense.to(dtype)(x_BSD)]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x_BSD)[0] for y in outputs))
 
 
 def test_shared_expert_adds_to_the_mixture(tiny: Build) -> None:

@@ -85,12 +85,12 @@ def test_attention_dropout_keeps_its_share_and_its_gradient_is_that_of_the_mask(
 
 @pytest.mark.parametrize("shape", [(1000, 1), (7, 13), (50, 64)])
 def test_gelu_and_its_slope(shape):
-    pre = torch.randn(shape) * 4
-    exact = pre.double().requires_grad_()
+    pre, bias = torch.randn(shape) * 4, torch.randn(shape[1])
+    exact = (pre.double() + bias).requires_grad_()
     want = F.gelu(exact, approximate="tanh")
     (slope,) = torch.autograd.grad(want.sum(), exact)
     hidden = torch.empty_like(pre)
-    native.gelu(pre, hidden)
+    native.gelu(pre, bias, hidden)
     torch.testing.assert_close(hidden.double(), want, atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(pre.double(), slope, atol=5e-6, rtol=5e-6)
 
@@ -98,7 +98,7 @@ def test_gelu_and_its_slope(shape):
 def test_gelu_far_out_and_not_a_number():
     pre = torch.tensor([[-1e4, -60.0, 60.0, 1e4, math.nan]])
     hidden = torch.empty_like(pre)
-    native.gelu(pre, hidden)
+    native.gelu(pre, torch.zeros(5), hidden)
     torch.testing.assert_close(hidden, torch.tensor([[0.0, 0.0, 60.0, 1e4, math.nan]]), equal_nan=True)
     torch.testing.assert_close(pre, torch.tensor([[0.0, 0.0, 1.0, 1.0, math.nan]]), equal_nan=True)
 

@@ -40,7 +40,7 @@ def trainer(model: nn.Module, out: Path, callbacks: list[Any] | None = None, **k
     return Trainer(model=model, args=arguments, train_dataset=Text(), eval_dataset=Text(8), callbacks=callbacks)
 
 
-@pytest.mark.parametrize("name", ["topk", "energy", "capacity", "topp"])
+@pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_the_trainer_runs_unchanged(tiny: Build, tmp_path: Path, name: str) -> None:
     pytest.importorskip("accelerate")
     model = tiny(router=name, regularizers={"load_balance": 0.1}, bias_balance_rate=0.05)
