@@ -112,10 +112,10 @@ def test_the_load_changes_half_way_and_feedback_returns_to_the_budget(
         seen.append(window)
 
     seen: list[Window] = []
-    plan = AdaptPlan(budget_share=0.6, windows=40)
+    plan = AdaptPlan(budget_share=0.6, windows=70)
     found = adapt(load(checkpoint), meter, plan, out=tmp_path, on_window=on_window)  # type: ignore[arg-type]
     assert max(w.j_per_token or 0.0 for w in seen[15:20]) > 1.04 * found.budget_j_per_token
-    settled = seen[-15:]
+    settled = seen[-30:]  # a window of this small stream is off by some 4 % by itself
     mean = sum(w.measurement.energy_j or 0.0 for w in settled) / sum(w.tokens for w in settled)
     assert mean == pytest.approx(found.budget_j_per_token, rel=0.015)
 
