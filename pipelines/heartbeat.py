@@ -24,6 +24,31 @@ from typing import Any
 
 PERIOD_S = 0.5
 IDLE = "idle"
+#: How long lines that a full disk did not take outlive their actor.
+_LINGER_S = 600.0
+
+
+class _Lines:
+    """Appends whole lines for as long as the disk takes them, and keeps them until it does again."""
+
+    def __init__(self, path: str) -> None:
+        self._handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
+        self.left = b""
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Append a line and what is left of earlier ones."""
+        self.append(json.dumps(line).encode() + b"\n")
+
+    def append(self, data: bytes) -> None:
+        """One write: what another process appends comes before or after it. A torn line is written again whole."""
+        data, written = self.left + data, 0
+        with contextlib.suppress(OSError):
+            written = os.write(self._handle, data)
+        self.left = b"" if written == len(data) else b"\n" + data.lstrip(b"\n")
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._handle)
 
 
 class Keeper:
@@ -45,8 +70,8 @@ class Keeper:
         period_s: float = PERIOD_S,
     ) -> None:
         self.path, self._read = path, read
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open
-        self.write({"t": time.monotonic(), "spec": spec, "session": session})
+        self._lines = _Lines(path)
+        self._lines.add({"t": time.monotonic(), "spec": spec, "session": session})
         words = [sys.executable, "-m", "pipelines.heartbeat", path, str(os.getpid()), spec, str(period_s)]
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -65,23 +90,20 @@ class Keeper:
         if self._read is not None:
             with contextlib.suppress(Exception):  # a heartbeat never stops training
                 line["j"] = self._read()
-        self.write(line)
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line; a heartbeat that cannot be written never stops training."""
-        with contextlib.suppress(OSError, ValueError):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        self._lines.add(line)
 
     def close(self) -> None:
-        """Let the keeper write its last line and go."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        """Let the keeper write its last line and go; what a full disk did not take is left to it."""
+        left = self._lines.left
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
+            pipe.write(left)
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=0 if left else 5)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._file.close()
+            if not left:
+                self._process.kill()
+        self._lines.close()
 
 
 def keeper_of(monitor: Any, path: str | None, session: str) -> Keeper | None:
@@ -126,18 +148,23 @@ def _cpu_ticks(pid: int) -> int:
 
 
 def keep(path: str, pid: int, spec: str, period_s: float) -> None:
-    """The keeper's life: a line per period until the pipe closes or the actor is gone."""
+    """The keeper's life: a line per period until the actor is gone, and longer while the disk does not take them."""
     read = reader_of(spec, pid)
-    with open(path, "a", encoding="utf-8") as file:
-        gone, last = False, None
-        while not gone:
-            gone = bool(select.select([sys.stdin], [], [], period_s)[0]) or not os.path.exists(f"/proc/{pid}")
-            try:
-                last = read()
-            except Exception:  # a dead process has no CPU time any more, and a lost board no counter
-                last = last if gone else None
-            file.write(json.dumps({"t": time.monotonic(), "j": last, **({"last": True} if gone else {})}) + "\n")
-            file.flush()
+    lines, gone, last = _Lines(path), False, None
+    while not gone:
+        gone = bool(select.select([sys.stdin], [], [], period_s)[0]) or not os.path.exists(f"/proc/{pid}")
+        try:
+            last = read()
+        except Exception:  # a dead process has no CPU time any more, and a lost board no counter
+            last = last if gone else None
+        lines.add({"t": time.monotonic(), "j": last, **({"last": True} if gone else {})})
+    while select.select([sys.stdin], [], [], 0)[0] and (data := os.read(sys.stdin.fileno(), 1 << 16)):
+        lines.append(data)
+    for _ in range(round(_LINGER_S / period_s)):
+        if not lines.left:
+            return
+        time.sleep(period_s)
+        lines.append(b"")
 
 
 # -- reading ------------------------------------------------------------------------------------------------
@@ -173,6 +200,13 @@ def read_lines(path: str) -> list[dict[str, Any]]:
     except OSError:
         return []
     return sorted(found, key=lambda line: line["t"])
+
+
+def await_last(paths: Sequence[str]) -> None:
+    """Wait until the keepers of dead actors have written their last lines; after two periods they are dead too."""
+    deadline = time.monotonic() + 2 * PERIOD_S
+    while time.monotonic() < deadline and not all(any(e.get("last") for e in read_lines(p)) for p in paths):
+        time.sleep(PERIOD_S / 10)
 
 
 def joules_of(lines: Sequence[Mapping[str, Any]], attempt: str, *, alive: bool = False) -> Spent | None:

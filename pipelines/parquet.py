@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ def _write_renamed(table: pa.Table, target: str) -> None:
         passing("parquet.rename", target)
         os.replace(temporary, target)
     except BaseException:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     _fsync_folder(os.path.dirname(target))

@@ -87,10 +87,15 @@ def batches(split: TokenSplit, config: TrialConfig, epoch: int, device: torch.de
 
 
 class Trainer:
-    """Runs epochs of optimizer steps on a model. `step` counts over all epochs, for the schedule."""
+    """Runs epochs of optimizer steps on a model. `step` counts over all epochs, for the schedule; `name` tells trials
+    apart in `faults`.
+    """
 
-    def __init__(self, model: Any, config: TrialConfig, hardware: Hardware, split: TokenSplit) -> None:
+    def __init__(
+        self, model: Any, config: TrialConfig, hardware: Hardware, split: TokenSplit, *, name: str = ""
+    ) -> None:
         self.model, self.config, self.hardware, self.split = model, config, hardware, split
+        self.name = name
         self.optimizer = make_optimizer(model, config, hardware)
         self.forward = torch.compile(model, fullgraph=True) if hardware.compile else model
         self.total_steps = self.per_epoch * config.epochs
@@ -149,7 +154,7 @@ class Trainer:
         for block_BS in blocks:
             rate = learning_rate(self.config, self.step, total_steps, per_epoch)
             totals += self._step(block_BS, rate)
-            passing("train.step", f"step{self.step}.")
+            passing("train.step", f"{self.name}.step{self.step}.")
             if (self.step - first) % _FINITE_CHECK_STEPS == 0:
                 self._assert_finite(totals)
         self._assert_finite(totals)

@@ -118,7 +118,7 @@ class Trial:
             self.validation, self.test = evaluation_splits(self.corpus, self.config)
             self.model, self.prices = build_model(self.config, self.corpus, self.hardware)
             train = self.corpus.splits["train"].first(self.config.max_train_tokens)
-            self.trainer = Trainer(self.model, self.config, self.hardware, train)
+            self.trainer = Trainer(self.model, self.config, self.hardware, train, name=self.key.name)
             self.trainer.warm_up()
         checkpoint = self._checkpoint()
         return self._evaluated(None) if checkpoint is None else self._continue(checkpoint)

@@ -216,7 +216,8 @@ def test_an_attempt_that_died_gets_its_row(tiny: dict[str, Any], tmp_path: Path)
     assert row.total_energy_j == pytest.approx(1000.0)
     assert (row.lost_energy_j, row.train_energy_j, row.idle_energy_j) == pytest.approx((100.0, 600.0, 300.0))
     assert recover.write_missing(store, journal, ended_by="died") == []
-    assert recover.spent_before(store, "s", config.trial_id, 1) == pytest.approx(1000.0)
+    before = recover.row_before(store, journal, config.trial_id)
+    assert recover.spent_j(before, journal.attempts(config.trial_id)) == pytest.approx(1000.0)
     assert journal.claim(config.trial_id, claim) == 1
 
 
