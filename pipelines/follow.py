@@ -72,6 +72,8 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
             result["state"] = row.state
             self.written.add(row.trial_id)
             self._finished(row)
+            if row.ended_by == "storage":
+                self.budget.give_up(OSError(row.error))
         elif "epoch_row" in result:
             record = EpochRecord(**json.loads(result.pop("epoch_row")))
             passing("driver.report", f"{record.trial_id}-{record.attempt}")

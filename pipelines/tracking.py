@@ -253,7 +253,7 @@ class Tracker:
             import mlflow
 
             logging.getLogger("alembic").setLevel(logging.WARNING)
-            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # `_failed` says it in a line
             with _one_process_at_a_time(self.uri):
                 client = mlflow.MlflowClient(tracking_uri=self.uri)
                 self._opened = client, _experiment(client, self.uri, self.out)

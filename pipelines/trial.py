@@ -35,6 +35,7 @@ from pipelines.heartbeat import Keeper
 from pipelines.journal import Journal
 from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, quadrature, total, trial_monitor
 from pipelines.model import Hardware, build_model, modelled_step_j, set_prices
+from pipelines.parquet import is_storage_error
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
 from pipelines.training import EpochSums, Trainer, decay_start
@@ -185,7 +186,8 @@ class Trial:
     def fail(self, error: BaseException) -> TrialRecord:
         """Close what is open and write a FAILED row with its reason."""
         self.ledger.close()
-        return self._write("FAILED", {"error": one_line(error)})
+        ended_by = "storage" if is_storage_error(error) else "itself"
+        return self._write("FAILED", {"error": one_line(error), "ended_by": ended_by})
 
     def release(self) -> None:
         """Drop the model and its memory, so that an actor can be reused."""
