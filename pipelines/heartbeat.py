@@ -72,7 +72,7 @@ class Keeper:
         self.path, self._read = path, read
         self._lines = _Lines(path)
         self._lines.add({"t": time.monotonic(), "spec": spec, "session": session})
-        words = [sys.executable, "-m", "pipelines.heartbeat", path, str(os.getpid()), spec, str(period_s)]
+        words = [sys.executable, "-m", "pipelines.heartbeat", path, str(os.getpid()), spec, str(period_s), "detach"]
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -98,11 +98,9 @@ class Keeper:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write(left)
-        try:
-            self._process.wait(timeout=0 if left else 5)
-        except subprocess.TimeoutExpired:
-            if not left:
-                self._process.kill()
+        self._process.wait()
+        if not left:
+            await_last([self.path])
         self._lines.close()
 
 
@@ -312,4 +310,6 @@ def _last_watts(counter: Sequence[tuple[float, float]]) -> float:
 
 
 if __name__ == "__main__":
-    keep(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
+    # Ray's workers kill their children when they are ended: a keeper is nobody's child.
+    if sys.argv[5:] != ["detach"] or os.fork() == 0:
+        keep(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
