@@ -26,6 +26,8 @@ PERIOD_S = 0.5
 IDLE = "idle"
 #: How long lines that a full disk did not take outlive their actor.
 _LINGER_S = 600.0
+#: How late a keeper may be on a busy machine before it is taken for dead.
+_LAST_COMES_S = 3.0
 
 
 class _Lines:
@@ -86,11 +88,12 @@ class Keeper:
 
     def edge(self, attempt: str, edge: str, phase: str | None = None) -> None:
         """Note where an attempt or one of its windows begins or ends."""
-        line: dict[str, Any] = {"t": time.monotonic(), "attempt": attempt, "edge": edge, "phase": phase}
+        line: dict[str, Any] = {"attempt": attempt, "edge": edge, "phase": phase}
+        before_s = time.monotonic()
         if self._read is not None:
             with contextlib.suppress(Exception):  # a heartbeat never stops training
                 line["j"] = self._read()
-        self._lines.add(line)
+        self._lines.add({"t": (before_s + time.monotonic()) / 2, **line})
 
     def close(self) -> None:
         """Let the keeper write its last line and go; what a full disk did not take is left to it."""
@@ -151,11 +154,12 @@ def keep(path: str, pid: int, spec: str, period_s: float) -> None:
     lines, gone, last = _Lines(path), False, None
     while not gone:
         gone = bool(select.select([sys.stdin], [], [], period_s)[0]) or not os.path.exists(f"/proc/{pid}")
+        before_s = time.monotonic()
         try:
             last = read()
         except Exception:  # a dead process has no CPU time any more, and a lost board no counter
             last = last if gone else None
-        lines.add({"t": time.monotonic(), "j": last, **({"last": True} if gone else {})})
+        lines.add({"t": (before_s + time.monotonic()) / 2, "j": last, **({"last": True} if gone else {})})
     while select.select([sys.stdin], [], [], 0)[0] and (data := os.read(sys.stdin.fileno(), 1 << 16)):
         lines.append(data)
     for _ in range(round(_LINGER_S / period_s)):
@@ -201,10 +205,21 @@ def read_lines(path: str) -> list[dict[str, Any]]:
 
 
 def await_last(paths: Sequence[str]) -> None:
-    """Wait until the keepers of dead actors have written their last lines; after two periods they are dead too."""
-    deadline = time.monotonic() + 2 * PERIOD_S
-    while time.monotonic() < deadline and not all(any(e.get("last") for e in read_lines(p)) for p in paths):
+    """Wait until the keepers of dead actors have written their last lines. Those that write nothing any more are dead
+    too.
+    """
+    deadline = time.monotonic() + _LAST_COMES_S
+    while time.monotonic() < deadline and any(_may_come(path) for path in paths):
         time.sleep(PERIOD_S / 10)
+
+
+def _may_come(path: str) -> bool:
+    """Whether a last line is missing, and the file young enough to get it."""
+    try:
+        age_s = time.time() - os.path.getmtime(path)
+    except OSError:
+        return False
+    return age_s < _LAST_COMES_S and not any(line.get("last") for line in read_lines(path))
 
 
 def joules_of(lines: Sequence[Mapping[str, Any]], attempt: str, *, alive: bool = False) -> Spent | None:

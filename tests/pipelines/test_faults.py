@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from pipelines.cli import app
 from pipelines.journal import process_start
 from pipelines.plan import plan_sweep
 from pipelines.records import TrialRecord
+from pipelines.scheduler import Rungs
 from tests.pipelines.fault_tools import (
     Fleet,
     PlainFolder,
@@ -81,6 +83,28 @@ def names_of(sweep: Sweep) -> list[str]:
     return [trial.trial_id for trial in plan_sweep(load_space(sweep.space)).trials]
 
 
+def stand_at_stages(sweep: Sweep, action: str, **options: Any) -> tuple[int, list[int]]:
+    """A session in which five workers stand at the five stages while the driver, in the middle of an MLflow run (of a
+    sixth trial, which ends well), is hit by a signal. Returns the driver and the workers that stand.
+    """
+    first, *others = names_of(sweep)[:6]
+    faults = [
+        (point, point, "SIGSTOP", f"{trial}&{words}")
+        for trial, (point, words) in zip(others, STAGES.items(), strict=True)
+    ]
+    driver = sweep.begin(
+        *faults,
+        ("first", "train.step", "SIGSTOP", first),
+        ("mlflow", "mlflow.write", action, first),
+        parallel=6,
+        **options,
+    )
+    runner, workers = sweep.hit("first"), [sweep.hit(point) for point in STAGES]
+    os.kill(runner, signal.SIGCONT)
+    assert sweep.hit("mlflow") == driver
+    return driver, workers
+
+
 def continue_later(sweep: Sweep, name: str, seconds: float) -> None:
     """SIGCONT for whoever stopped at a point, a while after."""
 
@@ -132,37 +156,31 @@ def test_workers_at_every_stage_and_a_server_that_is_down_for_ten_seconds(
 def test_nodes_lost_and_a_server_that_is_down_for_good(
     fleet: Fleet, tiny: dict[str, Any], place: Path, server: Server
 ) -> None:
-    """A node is lost with a worker at every stage on it, the next one while the driver writes to MLflow."""
-    sweep = Sweep(fleet, place, trial_of(tiny, [1e-3 * n for n in range(1, 6)]))
-    names = names_of(sweep)
-    where = dict(zip(STAGES, names, strict=True))
-    driver = sweep.begin(
-        *((point, point, "SIGSTOP", f"{where[point]}&{words}") for point, words in STAGES.items()),
-        ("mlflow", "mlflow.write", "SIGSTOP", f"{where['trial.begin']}-1"),
-        parallel=5,
-        tracking_uri=server.uri,
-    )
-    workers = [sweep.hit(point) for point in STAGES]
+    """A node is lost with a worker at every stage on it, while the driver stands in the middle of a run."""
+    sweep = Sweep(fleet, place, trial_of(tiny, [1e-3 * n for n in range(1, 7)]))
+    driver, workers = stand_at_stages(sweep, "SIGSTOP", tracking_uri=server.uri)
     rungs = sweep.rungs()
     fleet.add_node()
     lose_node(sweep, workers)
-    assert sweep.hit("mlflow") == driver
-    fleet.add_node()
-    lose_node(sweep, [claim["pid"] for claim in sweep.journal.claims() if claim["pid"] not in workers])
     server.kill()
     os.kill(driver, signal.SIGCONT)
     assert sweep.end(driver) == 0
     assert "`joulemoe mirror " in sweep.log.read_text()
     assert {row.state for row in sweep.last_rows().values()} == {"COMPLETED"}
     check_ledger(sweep)
-    for rung, reports in rungs.reports.items():
-        assert {name: sweep.rungs().reports[rung][name].loss for name in reports} == {
-            name: report.loss for name, report in reports.items()
-        }
+    check_rungs(rungs, sweep.rungs())
     server.start()
     done = CliRunner().invoke(app, ["mirror", str(sweep.out), "--tracking-uri", server.uri])
     assert done.exit_code == 0, done.output
     check_exactly_once(sweep, server.uri)
+
+
+def check_rungs(before: Rungs, after: Rungs) -> None:
+    """What a scheduler knew it still knows."""
+    assert before.reports
+    for rung, reports in before.reports.items():
+        losses = {name: report.loss for name, report in reports.items()}
+        assert {name: after.reports[rung][name].loss for name in reports} == losses
 
 
 def lose_node(sweep: Sweep, workers: list[int]) -> None:
@@ -175,10 +193,10 @@ def lose_node(sweep: Sweep, workers: list[int]) -> None:
 
 
 def test_every_end_of_a_driver(fleet: Fleet, tiny: dict[str, Any], place: Path) -> None:
-    """Eight sessions of one sweep on a small disk: killed, interrupted, out of room, read-only, and at last done."""
+    """Sessions of one sweep on a small disk: killed, interrupted, out of room, read-only, and at last done."""
     disk = small_disk(place / "disk")
     try:
-        sweep = Sweep(fleet, place, trial_of(tiny, [1e-3 * n for n in range(1, 7)]))
+        sweep = Sweep(fleet, place, trial_of(tiny, [1e-3 * n for n in range(1, 8)]))
         sweep.out = disk.folder / "out"
         end_drivers(sweep, disk)
         one_seed_more(sweep, tiny)
@@ -187,20 +205,12 @@ def test_every_end_of_a_driver(fleet: Fleet, tiny: dict[str, Any], place: Path) 
 
 
 def end_drivers(sweep: Sweep, disk: SmallDisk | PlainFolder) -> None:
-    names = names_of(sweep)
-    where = dict(zip(STAGES, names[:5], strict=True))
-    frozen = [(point, point, "SIGSTOP", f"{where[point]}&{words}") for point, words in STAGES.items()]
-    rules = {"scheduler": "pareto-asha"}
-    driver = sweep.begin(*frozen, parallel=5, **rules)
-    workers = [sweep.hit(point) for point in STAGES]
+    driver, workers = stand_at_stages(sweep, "SIGKILL", scheduler="pareto-asha")
+    assert sweep.end(driver) == -signal.SIGKILL
     rungs = sweep.rungs()
-    os.kill(driver, signal.SIGKILL)
     for pid in workers:  # orphans go on, as far as they come until Ray ends them
-        os.kill(pid, signal.SIGCONT)
-    assert sweep.end(driver) == -signal.SIGKILL
-
-    driver = sweep.begin(("mlflow", "mlflow.write", "SIGKILL", ""), parallel=1)
-    assert sweep.end(driver) == -signal.SIGKILL
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
     for name, count in (("once", 1), ("twice", 2)):
         driver = sweep.begin((name, "train.step", "SIGSTOP", ""), parallel=1)
@@ -230,17 +240,13 @@ def end_drivers(sweep: Sweep, disk: SmallDisk | PlainFolder) -> None:
     assert sweep.log.read_text().count("out: expected a folder that can be written") == 2
     assert "Traceback" not in sweep.log.read_text()
 
-    assert sweep.end(sweep.begin()) == 0
+    assert sweep.end(sweep.begin(parallel=2)) == 0
     assert {row.state for row in sweep.last_rows().values()} <= {"COMPLETED", "STOPPED"}
     check_exactly_once(sweep)
     check_ledger(sweep)
-    for rung, reports in rungs.reports.items():
-        assert {name: sweep.rungs().reports[rung][name].loss for name in reports} == {
-            name: report.loss for name, report in reports.items()
-        }
+    check_rungs(rungs, sweep.rungs())
     before = sweep.tables()
-    for _ in range(2):
-        assert sweep.end(sweep.drive("--resume", sweep.name)) == 0
+    assert sweep.end(sweep.drive("--resume", sweep.name)) == 0
     assert sweep.tables() == before
 
 

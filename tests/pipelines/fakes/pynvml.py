@@ -2,7 +2,7 @@
 """Boards whose joules are a closed formula of the machine's monotonic clock, for tests with real processes.
 
 Put this folder on PYTHONPATH: every process then sees the boards of its node (`JOULEMOE_FAKE_NODE`), and a test knows
-what they drew between any two moments. The counter moves every 10 ms, so that its step is not what a test of the
+what they drew between any two moments. The counter moves every millisecond, so that its step is not what a test of the
 ledger measures.
 """
 
@@ -16,7 +16,7 @@ import types
 BOARDS = 6
 NODE = os.environ.get("JOULEMOE_FAKE_NODE", "0")
 UUIDS = tuple(f"GPU-fake-{NODE}-{index}" for index in range(BOARDS))
-STEP_S = 0.01
+STEP_S = 0.001
 MOST_W = 600.0
 
 
