@@ -12,6 +12,13 @@ import sys
 import time
 from typing import Any
 
+import matplotlib.pyplot  # noqa: F401 - what a driver needs is imported before the fork
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+import pipelines.actor
+import pipelines.figures
+import pipelines.report
+import pipelines.sweep  # noqa: F401
 from pipelines import cli
 
 

@@ -94,6 +94,7 @@ def fleet_in(folder: Path) -> Iterator[Fleet]:
         "OMP_NUM_THREADS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_AUTH_MODE": "disabled",
+        "MLFLOW_DISABLE_TELEMETRY": "true",  # what forks may have no threads
     }
     with pytest.MonkeyPatch.context() as patch:
         for key, value in changes.items():
