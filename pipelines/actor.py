@@ -22,7 +22,7 @@ from pipelines.heartbeat import Keeper, keeper_of
 from pipelines.journal import Journal, process_start
 from pipelines.ledger import trial_monitor
 from pipelines.provenance import device_columns, host_columns
-from pipelines.records import EpochRecord, Store
+from pipelines.records import EpochRecord, Store, TrialRecord
 from pipelines.trial import Trial, TrialKey
 
 
@@ -42,7 +42,11 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
         quiet_libraries()
         self._watch(config, Journal(config["out"], config["sweep_id"]))
 
-    def _begin(self) -> Trial:
+    def _row_before(self) -> TrialRecord | None:
+        journal, trial_id = Journal(self.config["out"], self.config["sweep_id"]), self.config["trial"]["trial_id"]
+        return recover.row_before(Store(self.config["out"]), journal, trial_id)
+
+    def _begin(self, before: TrialRecord | None) -> Trial:
         config = self.config
         journal, store = Journal(config["out"], config["sweep_id"]), Store(config["out"])
         assert self.monitor is not None
@@ -50,7 +54,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
         self.monitor.system.clear()
         trial_id = config["trial"]["trial_id"]
         parsed = TrialConfig.parse({k: v for k, v in config["trial"].items() if k != "trial_id"})
-        spent_j = recover.spent_before(store, config["sweep_id"], trial_id, journal.attempts(trial_id))
+        spent_j = recover.spent_j(before, journal.attempts(trial_id))
         attempt = journal.claim(trial_id, self._claim(parsed, spent_j))
         key = TrialKey(sweep_id=config["sweep_id"], trial_id=trial_id, attempt=attempt)
         board = {"anchor_j_per_token": None if anchor.shared else anchor.j_per_token}
@@ -60,15 +64,17 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
     def step(self) -> dict[str, Any]:
         """Advance the trial; the result carries the row that was made (as text, which Tune does not take apart)."""
         if self.trial is None:
-            self.trial = self._begin()
+            before = self._row_before()
+            if before is not None and recover.is_final(before):  # its process died after it had said its last word
+                return _last_word(before)
+            self.trial = self._begin(before)
         record = self.trial.advance()
-        row = json.dumps(dataclasses.asdict(record), default=_iso)
         if isinstance(record, EpochRecord):
             point = {"loss": record.eval_loss_nats, "joules": record.train_energy_j}
             compiled_s = self.trial.code.seconds if self.trial.code is not None and not record.epoch else None
-            return {"epoch": record.epoch, "epoch_row": row, "compiled_s": compiled_s, **point}
+            return {"epoch": record.epoch, "epoch_row": _text(record), "compiled_s": compiled_s, **point}
         self._let_go()
-        return {"epoch": record.epochs, "trial_row": row, "done": True}
+        return _last_word(record)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial into this process: its imports and CUDA context are warm already."""
@@ -132,5 +138,9 @@ def quiet_libraries() -> None:
     torch.set_float32_matmul_precision("high")
 
 
-def _iso(value: Any) -> str:
-    return str(value.isoformat())
+def _last_word(record: TrialRecord) -> dict[str, Any]:
+    return {"epoch": record.epochs, "trial_row": _text(record), "done": True}
+
+
+def _text(record: EpochRecord | TrialRecord) -> str:
+    return json.dumps(dataclasses.asdict(record), default=lambda value: str(value.isoformat()))

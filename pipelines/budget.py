@@ -32,7 +32,7 @@ def stalls(points: Sequence[tuple[float, float]], count: int) -> bool:
 
 
 class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
-    """Ends a sweep. `reason` says why, once it did.
+    """Ends a sweep. `reason` says why, once it did; `broken` is the error where results cannot be written any more.
 
     Args:
         read_j: joules of the sweep so far, lost work and idle time included; None where nothing is counted.
@@ -50,6 +50,7 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
     ) -> None:
         self.plan, self.read_j, self.reserve_j = plan, read_j, reserve_j
         self.reason: str | None = None
+        self.broken: OSError | None = None
         self._start_s = time.monotonic() - before_s
         self._points: list[tuple[float, float]] = []
         self._looked_s = -math.inf
@@ -61,6 +62,10 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         joules, loss = row.train_energy_j, row.eval_loss_nats
         if row.state == "COMPLETED" and joules and loss is not None and math.isfinite(loss):
             self._points.append((joules, loss))
+
+    def give_up(self, error: OSError) -> None:
+        """What the sweep does cannot be written down any more."""
+        self.reason, self.broken = f"storage: {error}", error
 
     def __call__(self, trial_id: str, result: dict[str, object]) -> bool:
         return False

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from pipelines import cli_analysis, cli_models
-from pipelines.config import ConfigError, TrialConfig
+from pipelines.config import ConfigError, StorageError, TrialConfig
 from tune_spaces import Space, SpaceError, find_space, load_space
 
 if TYPE_CHECKING:
@@ -297,12 +297,15 @@ def _yaml_mapping(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point: a setting that cannot be ends in one line and exit code 2."""
+    """Entry point: a setting that cannot be ends in one line and exit code 2, a disk that is full in exit code 1."""
     try:
         app()
     except (ConfigError, SpaceError) as error:
         print(f"joulemoe: {error}", file=sys.stderr)
         sys.exit(2)
+    except StorageError as error:
+        print(f"joulemoe: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 __all__ = ["Space", "app", "main"]

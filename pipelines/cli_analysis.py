@@ -48,6 +48,7 @@ def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str,
     """
     from pipelines import compaction
     from pipelines.checkpoints import final_models
+    from pipelines.config import StorageError
     from pipelines.journal import Journal
     from pipelines.pareto import pareto_front
     from pipelines.records import Store
@@ -71,7 +72,10 @@ def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str,
         links = tracker.run_urls(sweep_id)
     except Exception as error:
         console.print(f"MLflow was left out ({error}); `joulemoe mirror {out}` repairs it.", markup=False)
-    paths = write_report(out, sweep_id, links=links)
+    try:
+        paths = write_report(out, sweep_id, links=links)
+    except OSError as error:
+        raise StorageError(f"report: expected a folder that can be written, got {out}: {error}") from None
     tracker.start_sweep(sweep_id)
     tracker.finish_sweep(front, artifacts=paths, models=final_models(Journal(os.fspath(out), sweep_id)))
     console.print(f"Report: {paths[0]}", markup=False, soft_wrap=True)

@@ -29,6 +29,10 @@ class ConfigError(ValueError):
     """A setting that cannot be: one line with the key, what was expected and what was got."""
 
 
+class StorageError(RuntimeError):
+    """Results cannot be written any more: one line that says where, and why."""
+
+
 class NonFiniteLossError(ArithmeticError):
     """A loss left the numbers: the trial fails with this reason."""
 

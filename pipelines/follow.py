@@ -76,14 +76,16 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         """Show and mirror an epoch, or the whole trial."""
         self._heard(trial.config["trial"]["trial_id"])
         if "trial_row" in result:
-            passing("driver.end")
             row = parse_row(result["trial_row"] if self.plan.is_adaptive else result.pop("trial_row"))
+            passing("driver.end", f"{row.trial_id}-{row.attempt}")
             result["state"] = row.state
             self.written.add(row.trial_id)
             self._finished(row)
+            if row.ended_by == "storage":
+                self.budget.give_up(OSError(row.error))
         elif "epoch_row" in result:
-            passing("driver.report")
             record = EpochRecord(**json.loads(result.pop("epoch_row")))
+            passing("driver.report", f"{record.trial_id}-{record.attempt}")
             self.epochs.setdefault(record.trial_id, []).append(record)
             self.progress.epoch(record)
             self.mirror.post(self.tracker.log_epoch, record)
@@ -132,9 +134,13 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
 
     def _write_missing(self, trial: Any, ended_by: str, *, alive: bool = False) -> None:
         trial_id = trial.config["trial"]["trial_id"]
-        rows = recover.write_missing(self.store, self.journal, ended_by=ended_by, trial_id=trial_id, alive=alive)
-        if not rows and not alive and not self.journal.attempts(trial_id):
-            rows = [self._never_began(trial)]
+        try:
+            rows = recover.write_missing(self.store, self.journal, ended_by=ended_by, trial_id=trial_id, alive=alive)
+            if not rows and not alive and not self.journal.attempts(trial_id):
+                rows = [self._never_began(trial)]
+        except OSError as error:  # what cannot be written down is not begun again: the sweep ends
+            self.budget.give_up(error)
+            return
         for row in rows:
             self._finished(row)
 

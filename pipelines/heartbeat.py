@@ -24,6 +24,33 @@ from typing import Any
 
 PERIOD_S = 0.5
 IDLE = "idle"
+#: How long lines that a full disk did not take outlive their actor.
+_LINGER_S = 600.0
+#: How late a keeper may be on a busy machine before it is taken for dead.
+_LAST_COMES_S = 3.0
+
+
+class _Lines:
+    """Appends whole lines for as long as the disk takes them, and keeps them until it does again."""
+
+    def __init__(self, path: str) -> None:
+        self._handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
+        self.left = b""
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Append a line and what is left of earlier ones."""
+        self.append(json.dumps(line).encode() + b"\n")
+
+    def append(self, data: bytes) -> None:
+        """One write: what another process appends comes before or after it. A torn line is written again whole."""
+        data, written = self.left + data, 0
+        with contextlib.suppress(OSError):
+            written = os.write(self._handle, data)
+        self.left = b"" if written == len(data) else b"\n" + data.lstrip(b"\n")
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._handle)
 
 
 class Keeper:
@@ -45,9 +72,9 @@ class Keeper:
         period_s: float = PERIOD_S,
     ) -> None:
         self.path, self._read = path, read
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open
-        self.write({"t": time.monotonic(), "spec": spec, "session": session})
-        words = [sys.executable, "-m", "pipelines.heartbeat", path, str(os.getpid()), spec, str(period_s)]
+        self._lines = _Lines(path)
+        self._lines.add({"t": time.monotonic(), "spec": spec, "session": session})
+        words = [sys.executable, "-m", "pipelines.heartbeat", path, str(os.getpid()), spec, str(period_s), "detach"]
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -61,27 +88,23 @@ class Keeper:
 
     def edge(self, attempt: str, edge: str, phase: str | None = None) -> None:
         """Note where an attempt or one of its windows begins or ends."""
-        line: dict[str, Any] = {"t": time.monotonic(), "attempt": attempt, "edge": edge, "phase": phase}
+        line: dict[str, Any] = {"attempt": attempt, "edge": edge, "phase": phase}
+        before_s = time.monotonic()
         if self._read is not None:
             with contextlib.suppress(Exception):  # a heartbeat never stops training
                 line["j"] = self._read()
-        self.write(line)
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line; a heartbeat that cannot be written never stops training."""
-        with contextlib.suppress(OSError, ValueError):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        self._lines.add({"t": (before_s + time.monotonic()) / 2, **line})
 
     def close(self) -> None:
-        """Let the keeper write its last line and go."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._file.close()
+        """Let the keeper write its last line and go; what a full disk did not take is left to it."""
+        left = self._lines.left
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
+            pipe.write(left)
+        self._process.wait()
+        if not left:
+            await_last([self.path])
+        self._lines.close()
 
 
 def keeper_of(monitor: Any, path: str | None, session: str) -> Keeper | None:
@@ -126,18 +149,24 @@ def _cpu_ticks(pid: int) -> int:
 
 
 def keep(path: str, pid: int, spec: str, period_s: float) -> None:
-    """The keeper's life: a line per period until the pipe closes or the actor is gone."""
+    """The keeper's life: a line per period until the actor is gone, and longer while the disk does not take them."""
     read = reader_of(spec, pid)
-    with open(path, "a", encoding="utf-8") as file:
-        gone, last = False, None
-        while not gone:
-            gone = bool(select.select([sys.stdin], [], [], period_s)[0]) or not os.path.exists(f"/proc/{pid}")
-            try:
-                last = read()
-            except Exception:  # a dead process has no CPU time any more, and a lost board no counter
-                last = last if gone else None
-            file.write(json.dumps({"t": time.monotonic(), "j": last, **({"last": True} if gone else {})}) + "\n")
-            file.flush()
+    lines, gone, last = _Lines(path), False, None
+    while not gone:
+        gone = bool(select.select([sys.stdin], [], [], period_s)[0]) or not os.path.exists(f"/proc/{pid}")
+        before_s = time.monotonic()
+        try:
+            last = read()
+        except Exception:  # a dead process has no CPU time any more, and a lost board no counter
+            last = last if gone else None
+        lines.add({"t": (before_s + time.monotonic()) / 2, "j": last, **({"last": True} if gone else {})})
+    while select.select([sys.stdin], [], [], 0)[0] and (data := os.read(sys.stdin.fileno(), 1 << 16)):
+        lines.append(data)
+    for _ in range(round(_LINGER_S / period_s)):
+        if not lines.left:
+            return
+        time.sleep(period_s)
+        lines.append(b"")
 
 
 # -- reading ------------------------------------------------------------------------------------------------
@@ -173,6 +202,24 @@ def read_lines(path: str) -> list[dict[str, Any]]:
     except OSError:
         return []
     return sorted(found, key=lambda line: line["t"])
+
+
+def await_last(paths: Sequence[str]) -> None:
+    """Wait until the keepers of dead actors have written their last lines. Those that write nothing any more are dead
+    too.
+    """
+    deadline = time.monotonic() + _LAST_COMES_S
+    while time.monotonic() < deadline and any(_may_come(path) for path in paths):
+        time.sleep(PERIOD_S / 10)
+
+
+def _may_come(path: str) -> bool:
+    """Whether a last line is missing, and the file young enough to get it."""
+    try:
+        age_s = time.time() - os.path.getmtime(path)
+    except OSError:
+        return False
+    return age_s < _LAST_COMES_S and not any(line.get("last") for line in read_lines(path))
 
 
 def joules_of(lines: Sequence[Mapping[str, Any]], attempt: str, *, alive: bool = False) -> Spent | None:
@@ -278,4 +325,6 @@ def _last_watts(counter: Sequence[tuple[float, float]]) -> float:
 
 
 if __name__ == "__main__":
-    keep(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
+    # Ray's workers kill their children when they are ended: a keeper is nobody's child.
+    if sys.argv[5:] != ["detach"] or os.fork() == 0:
+        keep(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Sequence
@@ -15,8 +17,17 @@ import pyarrow.parquet as pq
 
 from pipelines.faults import passing
 
+#: What the system says where results cannot be written any more.
+_STORAGE = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+)
 #: File that holds all attempts of a sweep after compaction, beside which later attempts may stand.
 COMPACTED = "compacted.parquet"
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an error is the disk's (full, read-only, gone), not the fault of what was to be written."""
+    return isinstance(error, OSError) and error.errno in _STORAGE
 
 
 def write(table: pa.Table, target: str, fs: pafs.FileSystem | None = None) -> None:
@@ -99,7 +110,7 @@ def _write_renamed(table: pa.Table, target: str) -> None:
         passing("parquet.rename", target)
         os.replace(temporary, target)
     except BaseException:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     _fsync_folder(os.path.dirname(target))

@@ -51,7 +51,7 @@ class TrialRecord:
     state: str = column("COMPLETED, STOPPED (ended early by a scheduler or a budget) or FAILED")
     censored: bool = column("true where the trial ended before its configured epochs; never on a final front")
     error: str | None = column("reason of a FAILED trial, one line", null="did not fail")
-    ended_by: str | None = column("itself, scheduler, budget, interrupt, timeout or died (its process); only the first two are final: the others run again at --resume", null="written by an older version: itself")
+    ended_by: str | None = column("itself, scheduler, budget, interrupt, timeout, storage (it could not be written to) or died (its process); only the first two are final: the others run again at --resume", null="written by an older version: itself")
     config_json: str = column("the whole configuration as JSON")
     # configuration
     base: str = column("base checkpoint: hub name, folder or 'random'")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import platform
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipelines import heartbeat
 from pipelines.config import TrialConfig
 from pipelines.journal import Journal, process_start
-from pipelines.records import EpochRecord, Store, TrialRecord
+from pipelines.records import TABLES, EpochRecord, Store, TrialRecord
 from pipelines.trial_rows import config_columns, perplexity
 
 #: How a trial may end for good; whatever else ended it, `--resume` runs it again.
 FINAL = (None, "itself", "scheduler")
 _ORPHANS_END_S = 15.0
+_ROW_COMES_S = 15.0
 
 
 def is_final(row: TrialRecord) -> bool:
@@ -36,12 +39,25 @@ def rows_of(store: Store, sweep_id: str, trial_ids: Sequence[str] | None = None)
     return found
 
 
-def spent_before(store: Store, sweep_id: str, trial_id: str, attempt: int) -> float | None:
-    """Joules of the attempts before this one; None where they are not known."""
-    if attempt == 0:
+def row_before(store: Store, journal: Journal, trial_id: str) -> TrialRecord | None:
+    """The row of a trial's last attempt. For one that died the driver writes it: wait for that a while."""
+    last = journal.attempts(trial_id) - 1
+    deadline = time.monotonic() + _ROW_COMES_S
+    while last >= 0:
+        row = rows_of(store, journal.sweep_id, [trial_id]).get(trial_id)
+        if row is not None and row.attempt == last:
+            return row
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return None
+
+
+def spent_j(before: TrialRecord | None, attempts: int) -> float | None:
+    """Joules of the attempts so far, from the row of the last one; None where they are not known."""
+    if attempts == 0:
         return 0.0
-    row = rows_of(store, sweep_id, [trial_id]).get(trial_id)
-    return None if row is None or row.attempt < attempt - 1 else row.total_energy_j
+    return None if before is None else before.total_energy_j
 
 
 def write_missing(
@@ -58,19 +74,25 @@ def write_missing(
         for row in store.read(TrialRecord, journal.sweep_id, columns=["trial_id", "attempt"]).to_pylist()
     }
     claims = journal.claims() if trial_id is None else journal.claims_of(trial_id)
+    missing = [claim for claim in claims if (claim["trial_id"], claim["attempt"]) not in have]
+    if not alive:
+        heartbeat.await_last([path for claim in missing if (path := _beats(journal, claim))])
     written = []
-    for claim in claims:
-        if (claim["trial_id"], claim["attempt"]) not in have:
-            row = row_of(store, journal, claim, ended_by=ended_by, alive=alive)
-            store.write(TrialRecord, [row], sweep_id=row.sweep_id, trial_id=row.trial_id, attempt=row.attempt)
-            written.append(row)
+    for claim in missing:
+        row = row_of(store, journal, claim, ended_by=ended_by, alive=alive)
+        store.write(TrialRecord, [row], sweep_id=row.sweep_id, trial_id=row.trial_id, attempt=row.attempt)
+        written.append(row)
     return written
+
+
+def _beats(journal: Journal, claim: Mapping[str, Any]) -> str | None:
+    return journal.beat_path(claim["beats"]) if claim["beats"] else None
 
 
 def row_of(store: Store, journal: Journal, claim: Mapping[str, Any], *, ended_by: str, alive: bool) -> TrialRecord:
     """The row of an attempt from what it left: its claim, its epochs, its heartbeats."""
     trial_id, attempt = claim["trial_id"], claim["attempt"]
-    path = journal.beat_path(claim["beats"]) if claim["beats"] else None
+    path = _beats(journal, claim)
     lines = heartbeat.read_lines(path) if path else []
     spent = heartbeat.joules_of(lines, f"{trial_id}-{attempt}", alive=alive)
     failed = ended_by in ("died", "timeout")
@@ -143,13 +165,23 @@ def _outcome(store: Store, sweep_id: str, trial_id: str, attempt: int) -> dict[s
     }
 
 
-def end_orphans(journal: Journal, have: set[tuple[str, int]]) -> None:
+def end_orphans(journal: Journal, have: set[tuple[str, int]], *, patience_s: float = _ORPHANS_END_S) -> None:
     """Wait for actors of a driver that is gone (they end with it), and end those on this host that do not."""
-    deadline = time.monotonic() + _ORPHANS_END_S
+    deadline = time.monotonic() + patience_s
     mine = [c for c in journal.claims() if (c["trial_id"], c["attempt"]) not in have and c["node"] == platform.node()]
     while alive := [c for c in mine if c["start"] and process_start(c["pid"]) == c["start"]]:
-        if time.monotonic() > deadline:
-            for claim in alive:
+        late_s = time.monotonic() - deadline
+        for claim in alive if late_s > 0 else ():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(claim["pid"], signal.SIGKILL)
+        if late_s > _ORPHANS_END_S:  # not even SIGKILL ends a process that hangs in the kernel
             return
         time.sleep(0.2)
+
+
+def remove_leftovers(store: Store, journal: Journal) -> None:
+    """Delete what killed writes left under temporary names. No actor may be at work."""
+    if store.local:
+        for folder in (journal.root, *(f"{store.root}/{table}/sweep_id={journal.sweep_id}" for table in TABLES)):
+            for path in Path(folder).rglob("*.tmp"):
+                path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from pipelines import anchors, recover
 from pipelines.actor import TrialActor, quiet_libraries
 from pipelines.budget import Budget
 from pipelines.checkpoints import prune_finals
-from pipelines.config import ConfigError, TrialConfig
+from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
 from pipelines.follow import SweepCallback
 from pipelines.heartbeat import Meter
@@ -41,6 +41,10 @@ _QUIET = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
+
+
+#: Seconds that an actor has to end in order when its sweep ends.
+_STOP_S = 3.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ def run_sweep(
     Raises:
         ConfigError: the data, the base model, the devices or `out` cannot be had (nothing was written then), or
             another driver is alive.
+        StorageError: `out` cannot be written any more; a later session goes on from what is there.
     """
     out = os.fspath(out) if "://" in os.fspath(out) else os.path.abspath(out)
     journal = Journal(out, plan.sweep_id)
@@ -104,12 +109,12 @@ def run_sweep(
         if not begun or not _is_done(plan, Store(out)):
             preflight(plan.trials or plan.examples())
             check_storage(out, tracking_uri)
-            stack.enter_context(_connected(address))
+            own_ray = stack.enter_context(_connected(address))
             resources = _resources(plan, parallel)
             check_writable(out)
             if not begun:
                 stack.enter_context(journal.driving())
-            ended = _drive(plan, journal, _Run(out, resources, tracking_uri, retries, timeout_s, actor))
+            ended = _drive(plan, journal, _Run(out, resources, tracking_uri, retries, timeout_s, actor, own_ray))
     rows = recover.rows_of(Store(out), plan.sweep_id)
     return SweepResult(sweep_id=plan.sweep_id, records=tuple(rows.values()), ended=ended)
 
@@ -124,6 +129,7 @@ class _Run:
     retries: int
     timeout_s: float | None
     actor: type[TrialActor]
+    own_ray: bool
 
 
 def stored_plan(out: str | os.PathLike[str], sweep_id: str) -> SweepPlan:
@@ -146,8 +152,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     if stored != json.loads(json.dumps(plan.to_document())):
         journal.put("plan.json", plan.to_document())
     if stored is not None:
-        rows = store.read(TrialRecord, plan.sweep_id, columns=["trial_id", "attempt"]).to_pylist()
-        recover.end_orphans(journal, {(row["trial_id"], row["attempt"]) for row in rows})
+        recover.end_orphans(journal, _with_rows(store, plan))
         recover.write_missing(store, journal, ended_by="died")
     known = recover.rows_of(store, plan.sweep_id)
     final = {trial_id for trial_id, row in known.items() if recover.is_final(row)}
@@ -160,20 +165,42 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     began_s = time.monotonic()
     follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s)
     try:
-        _tuner(plan, run, work, store, follower).fit()
-        stopped = "budget" if budget.reason else "interrupt"
-        left = recover.write_missing(store, journal, ended_by=stopped)
+        _fit(_tuner(plan, run, work, store, follower), run)
+        if budget.broken is not None:
+            raise budget.broken
+        recover.end_orphans(journal, _with_rows(store, plan), patience_s=_STOP_S)
+        left = recover.write_missing(store, journal, ended_by="budget" if budget.reason else "interrupt")
         ended = budget.reason or ("interrupted" if left or _missing(plan, store) else None)
-        if ended != "interrupted":
+        if ended != "interrupted" and ray.is_initialized():
             anchors.at_end(run.out, plan.sweep_id, session, actor=run.actor.anchor_actor)
         return ended
-    except KeyboardInterrupt:
-        recover.write_missing(store, journal, ended_by="interrupt", alive=True)
-        return "interrupted"
+    except OSError as error:
+        raise StorageError(
+            f"out: expected a folder that can be written, got {run.out}: {error.strerror or error}; what was written "
+            f"is kept, go on with --resume {plan.sweep_id} --out {run.out}"
+        ) from None
     finally:
-        journal.add_session(time.monotonic() - began_s, meter.read_j())
+        with contextlib.suppress(OSError):
+            journal.add_session(time.monotonic() - began_s, meter.read_j())
         follower.close()
-        prune_finals(journal, _front_members(store, plan.sweep_id))
+        with contextlib.suppress(OSError):
+            prune_finals(journal, _front_members(store, plan.sweep_id))
+            recover.remove_leftovers(store, journal)
+
+
+def _fit(tuner: Any, run: _Run) -> None:
+    """Run the trials. A first SIGINT ends them in order, a second one at once."""
+    try:
+        tuner.fit()
+    except KeyboardInterrupt:
+        if run.own_ray:
+            ray.shutdown()
+
+
+def _with_rows(store: Store, plan: SweepPlan) -> set[tuple[str, int]]:
+    """Attempts that have their row."""
+    rows = store.read(TrialRecord, plan.sweep_id, columns=["trial_id", "attempt"]).to_pylist()
+    return {(row["trial_id"], row["attempt"]) for row in rows}
 
 
 def _front_members(store: Store, sweep_id: str) -> set[str]:
@@ -248,11 +275,11 @@ def preflight(trials: Sequence[TrialConfig]) -> None:
 
 
 @contextlib.contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """A connection to Ray, closed again where it was made here."""
+def _connected(address: str) -> Iterator[bool]:
+    """A connection to Ray, closed again where it was made here; says whether it was."""
     made_here = _connect(address)
     try:
-        yield
+        yield made_here
     finally:
         if made_here:
             ray.shutdown()

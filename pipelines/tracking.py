@@ -3,7 +3,7 @@
 One flat run per attempt of a trial (no parent tag: the UI folds children away and shows no charts) and one run
 for the sweep. Every run is found by its tags before it is created, and what it already holds is not written
 again, so mirroring the same rows twice changes nothing. A tracker is used by one process, the sweep's driver; it
-never stops a sweep: the first error is logged once, and `mirror` repairs what is missing later.
+never stops a sweep: after an error it pauses, tries again, and `mirror` repairs what is missing later.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol
 
 import pyarrow.parquet as pq
 
+from pipelines.faults import passing
 from pipelines.mirrored import (
     chart_view,
     compare_link,
@@ -44,6 +46,9 @@ _STATUS = {"COMPLETED": "FINISHED", "STOPPED": "FINISHED", "FAILED": "FAILED"}
 _WHOLE = "mirrored"
 #: A metric that every epoch has: its history tells which epochs a run already holds.
 _EVERY_EPOCH = "epoch/tokens_trained"
+#: Seconds without MLflow after an error; doubled by each further one, up to the longest.
+_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0
+_MIRROR_AGAIN_S = 2.0
 _NO_STORE = "the results are not in a local folder: name a tracking URI or set MLFLOW_TRACKING_URI"
 _P = ParamSpec("_P")
 
@@ -67,16 +72,18 @@ class FrontLike(Protocol):
 def _harmless(
     method: Callable[Concatenate[Tracker, _P], None],
 ) -> Callable[Concatenate[Tracker, _P], None]:
-    """Run a method only while MLflow answers; its first error is logged and silences the tracker."""
+    """Run a method unless MLflow did not answer a moment ago; the first error of an outage is logged."""
 
     @functools.wraps(method)
     def guarded(self: Tracker, *args: _P.args, **kwargs: _P.kwargs) -> None:
-        if self.problem is None:
-            try:
-                method(self, *args, **kwargs)
-            except Exception as error:
-                self.problem = " ".join(str(error).split())[:300] or type(error).__name__
-                log.warning("MLflow does not answer (%s): the sweep goes on; `mirror` repairs it later", self.problem)
+        if time.monotonic() < self._again_s:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self._failed(error)
+        else:
+            self.problem, self._pause_s = None, _PAUSE_S
 
     return guarded  # type: ignore[return-value]  # mypy loses the first argument's name
 
@@ -91,14 +98,16 @@ class Tracker:
 
     Attributes:
         uri: address in use.
-        problem: why nothing is written any more; None while MLflow answers.
+        problem: why nothing is written for now; None while MLflow answers.
     """
 
     def __init__(self, out: str | os.PathLike[str], *, tracking_uri: str | None = None) -> None:
         self.out = os.fspath(out)
         self.uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _default_uri(self.out) or ""
         self.problem: str | None = None if self.uri else _NO_STORE
+        self._again_s, self._pause_s = -math.inf, _PAUSE_S
         if self.problem:
+            self._again_s = math.inf
             log.warning("MLflow is left out: %s", self.problem)
         self.sweep_id: str | None = None
         self._opened: tuple[Any, str] | None = None
@@ -188,7 +197,14 @@ class Tracker:
         Raises:
             Exception: MLflow's own error where it does not answer (a mirror is asked for, not incidental).
         """
-        self.problem = None
+        self.problem, self._again_s = None, -math.inf
+        with contextlib.suppress(Exception):
+            return self._mirror(store, sweep_id)
+        self.sweep_id = None
+        time.sleep(_MIRROR_AGAIN_S if self.uri else 0)
+        return self._mirror(store, sweep_id)
+
+    def _mirror(self, store: Store, sweep_id: str) -> int:
         curves = _by_attempt(store, EpochRecord, sweep_id)
         traces = _by_attempt(store, PowerRecord, sweep_id)
         rows = [TrialRecord(**row) for row in store.read(TrialRecord, sweep_id).to_pylist()]
@@ -227,18 +243,29 @@ class Tracker:
 
     # --- inside ----------------------------------------------------------------------------------------
 
+    def _failed(self, error: Exception) -> None:
+        """Pause. Whether the call that failed was carried out is not known: the runs are asked for anew."""
+        if self.problem is None:
+            self.problem = " ".join(str(error).split())[:300] or type(error).__name__
+            log.warning("MLflow does not answer (%s): the sweep goes on; `mirror` repairs it later", self.problem)
+        self._again_s = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        self.sweep_id = None
+
     def _client(self) -> tuple[Any, str]:
         """The client and the experiment's id; the store is migrated once, by one process, first."""
         if not self.uri:
             raise ValueError(_NO_STORE)
         if self._opened is None:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            # A request that is sent twice may create two runs: this class asks what is there, then tries again.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
             import mlflow
 
             logging.getLogger("alembic").setLevel(logging.WARNING)
-            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # `_failed` says it in a line
             with _one_process_at_a_time(self.uri):
                 client = mlflow.MlflowClient(tracking_uri=self.uri)
                 self._opened = client, _experiment(client, self.uri, self.out)
@@ -292,6 +319,7 @@ class Tracker:
         if run.info.run_id not in self._new:  # what a new run holds is known without asking
             run = self._remember(client.get_run(run.info.run_id))
         self._log_params(run, trial_params(record))
+        passing("mlflow.write", f"{record.trial_id}-{record.attempt}")
         self._log_metrics(run, trial_metrics(record), end_ms(record), step=record.epochs)
         self._log_power(run, record, power)
         self._log_tags(run, trial_tags(record) | {_WHOLE: whole})  # last: it says that the rest is there

@@ -90,12 +90,21 @@ def batches(split: TokenSplit, config: TrialConfig, epoch: int, device: torch.de
 
 class Trainer:
     """Runs epochs of optimizer steps on a model. `step` counts over all epochs, for the schedule; `forward` is the
-    model's compiled forward where there is one already."""
+    model's compiled forward where there is one already; `name` tells trials apart in `faults`.
+    """
 
     def __init__(
-        self, model: Any, config: TrialConfig, hardware: Hardware, split: TokenSplit, *, forward: Any = None
+        self,
+        model: Any,
+        config: TrialConfig,
+        hardware: Hardware,
+        split: TokenSplit,
+        *,
+        forward: Any = None,
+        name: str = "",
     ) -> None:
         self.model, self.config, self.hardware, self.split = model, config, hardware, split
+        self.name = name
         self.optimizer = make_optimizer(model, config, hardware)
         compiled = torch.compile(model, fullgraph=True) if hardware.compile and forward is None else model
         self.forward = compiled if forward is None else forward
@@ -179,7 +188,7 @@ class Trainer:
         for block_BS in blocks:
             rate = learning_rate(self.config, self.step, total_steps, per_epoch)
             totals += self._step(block_BS, rate)
-            passing("train.step", f"step{self.step}.")
+            passing("train.step", f"{self.name}.step{self.step}.")
             if (self.step - first) % _FINITE_CHECK_STEPS == 0:
                 self._assert_finite(totals)
         self._assert_finite(totals)

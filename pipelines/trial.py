@@ -37,6 +37,7 @@ from pipelines.journal import Journal
 from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, quadrature, total, trial_monitor
 from pipelines.model import Hardware, build_model, set_prices, switch_opening, weigh_opening
 from pipelines.modelled import PhaseModel
+from pipelines.parquet import is_storage_error
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
 from pipelines.training import EpochSums, Trainer, decay_start
@@ -130,7 +131,8 @@ class Trial:
             switch_opening(self.model, self.opening)
             self.modelled = PhaseModel.of(self.config, self.model.config, self.hardware)
             train = self.corpus.splits["train"].first(self.config.max_train_tokens)
-            self.trainer = Trainer(self.model, self.config, self.hardware, train, forward=self.code.forward)
+            name, forward = self.key.name, self.code.forward
+            self.trainer = Trainer(self.model, self.config, self.hardware, train, forward=forward, name=name)
             with warm.compiling(self.code):
                 self.trainer.warm_up()
         checkpoint = self._checkpoint()
@@ -208,7 +210,8 @@ class Trial:
         self.ledger.close()
         if self.code is not None and self.code.shape:
             warm.forget()  # the error may have come from the compiled code
-        return self._write("FAILED", {"error": one_line(error)})
+        ended_by = "storage" if is_storage_error(error) else "itself"
+        return self._write("FAILED", {"error": one_line(error), "ended_by": ended_by})
 
     def release(self) -> None:
         """Drop the model and its memory, so that an actor can be reused."""

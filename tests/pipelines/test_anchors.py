@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import json
+import os
+import subprocess
+import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hwcost.anchor import AnchorReading
-from pipelines import anchors, boards
+from pipelines import anchors, boards, recover
 from pipelines.budget import Budget
 from pipelines.compare import compare
 from pipelines.heartbeat import Meter
@@ -26,8 +32,22 @@ from tests.pipelines import synthetic
 from tests.pipelines.synthetic import START
 from tests.pipelines.synthetic import anchor as reading
 from tests.pipelines.synthetic import write_anchors as write
-from tests.pipelines.test_faults import SWEEP, last_rows, run, space_of
 from tune_spaces import SpaceError, parse_space
+
+HERE = Path(__file__).parent
+SWEEP = "anchored"
+
+
+def run(out: Path, trial: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep in a process of its own that sees fake boards; what it says at its end."""
+    space = out.parent / "space.yaml"
+    space.write_text(yaml.safe_dump({"question": "?", "trial": dict(trial)}))
+    paths = [str(HERE / "fakes"), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(HERE / "anchor_driver.py"), str(out), str(space), SWEEP]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return dict(json.loads(ended.stdout.strip().splitlines()[-1]))
 
 
 def monitor(source: str | None, uuid: str | None = "GPU-a") -> Any:
@@ -177,13 +197,14 @@ def test_a_space_and_a_command_can_turn_it_off(tiny: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_on_two_boards_measures_each_at_both_ends(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """Real Ray actors, fake boards of 400 and 450 W; the anchor's work is small and runs on the CPU."""
+    """Real Ray actors, fake boards of 400 and 410 W; the anchor's work is small and runs on the CPU."""
     out = tmp_path / "out"
-    space = space_of(tiny, epochs=1, energy_lambda={"grid": [0.1, 0.2, 0.3]}, checkpoint=False)
-    assert run(out, space, cpu_anchor=True)["states"] == ["COMPLETED"] * 3
+    changes = {"epochs": 1, "measure_seconds": 0.2, "device": "auto", "checkpoint": False}
+    assert run(out, tiny | changes | {"energy_lambda": {"grid": [0.1, 0.2, 0.3]}})["states"] == ["COMPLETED"] * 3
+    trials = recover.rows_of(Store(out), SWEEP).values()
     rows = Store(out).read(AnchorRecord, SWEEP).to_pylist()
     places = {(row["gpu_uuid"], row["position"]) for row in rows}
-    used = {row.gpu_uuid for row in last_rows(out).values()}
+    used = {row.gpu_uuid for row in trials}
     assert places == {(board, position) for board in used for position in ("start", "end")}
     assert len(rows) == len(places)
     assert {row["skipped"] for row in rows} == {None}
@@ -193,8 +214,8 @@ def test_a_sweep_on_two_boards_measures_each_at_both_ends(tiny: dict[str, Any], 
         assert 290 < watts < 560
         assert row["energy_j"] > row["j_per_token"] * row["steps"] > 0
     starts = {row["gpu_uuid"]: row["j_per_token"] for row in rows if row["position"] == "start"}
-    for record in last_rows(out).values():
+    for record in trials:
         assert record.anchor_j_per_token == starts[record.gpu_uuid]
     drawn_j = Meter(f"{Journal(str(out), SWEEP).root}/beats").read_j()
-    trials_j = sum(record.total_energy_j for record in last_rows(out).values())
+    trials_j = sum(record.total_energy_j for record in trials)
     assert drawn_j > trials_j + sum(row["energy_j"] for row in rows)

@@ -1,131 +1,66 @@
-"""Real signals at named points: after any of them every joule is booked and every row and run is there once."""
+"""Real signals and real conditions at named points: every joule is booked, every row and run is there once."""
 
 from __future__ import annotations
 
-import collections
-import importlib.util
-import json
+import contextlib
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from pipelines import heartbeat
-from pipelines.journal import Journal
-from pipelines.records import EpochRecord, PointRecord, Store, TrialRecord
+from pipelines.cli import app
+from pipelines.journal import process_start
+from pipelines.plan import plan_sweep
+from pipelines.records import TrialRecord
+from pipelines.scheduler import Rungs
+from tests.pipelines.fault_tools import (
+    Fleet,
+    PlainFolder,
+    Server,
+    SmallDisk,
+    Sweep,
+    check_exactly_once,
+    check_ledger,
+    fleet_in,
+    keeper_of,
+    small_disk,
+)
+from tune_spaces import load_space
 
-HERE = Path(__file__).parent
-SWEEP = "faults"
-_spec = importlib.util.spec_from_file_location("fake_boards", HERE / "fakes" / "pynvml.py")
-assert _spec is not None
-assert _spec.loader is not None
-boards: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(boards)
-
-
-def begin(out: Path, space: Mapping[str, Any], fault: str = "", **options: Any) -> subprocess.Popen[str]:
-    """Start a driver in a session of its own."""
-    path = out.parent / "space.yaml"
-    path.write_text(yaml.safe_dump({"question": "?", "trial": dict(space)}))
-    words = [sys.executable, str(HERE / "fault_driver.py"), str(out), str(path), SWEEP]
-    words += [f"{key}={json.dumps(value)}" for key, value in options.items()]
-    paths = [str(HERE / "fakes"), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    environment |= {"JOULEMOE_FAULT": fault} if fault else {}
-    log = open(out.parent / "driver.log", "a", encoding="utf-8")  # noqa: SIM115 - the process keeps it
-    return subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-    )
-
-
-def end(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Wait for a driver and read its last line."""
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    return dict(json.loads(text.strip().splitlines()[-1]))
+pytestmark = pytest.mark.slow
+#: Every stage at which a worker or its node can be lost, with the words of the file or step that is meant.
+STAGES = {
+    "trial.begin": "",
+    "train.step": ".step12",
+    "checkpoint.write": "epoch-0001",
+    "parquet.rename": "/points/",
+    "trial.end": "",
+}
 
 
-def run(out: Path, space: Mapping[str, Any], fault: str = "", **options: Any) -> dict[str, Any]:
-    """A whole session of a driver."""
-    return end(begin(out, space, fault, **options))
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """One cluster for all of these tests."""
+    with fleet_in(tmp_path_factory.mktemp("fleet")) as fleet:
+        yield fleet
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Until a marker exists."""
-    deadline = time.monotonic() + 200
-    while not path.exists():
-        assert process.poll() is None, "the driver ended before the point was passed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def last_rows(out: Path) -> dict[str, TrialRecord]:
-    found: dict[str, TrialRecord] = {}
-    for values in sorted(Store(out).read(TrialRecord, SWEEP).to_pylist(), key=lambda row: row["attempt"]):
-        found[values["trial_id"]] = TrialRecord(**values)
-    return found
-
-
-def check_exactly_once(out: Path) -> None:
-    """One row and one MLflow run per claimed attempt, whole histories, no leftovers of writes."""
-    import mlflow
-
-    store, claims = Store(out), Journal(str(out), SWEEP).claims()
-    rows = store.read(TrialRecord, SWEEP).to_pylist()
-    attempts = collections.Counter((row["trial_id"], row["attempt"]) for row in rows)
-    assert set(attempts) == {(claim["trial_id"], claim["attempt"]) for claim in claims}
-    assert set(attempts.values()) == {1}
-    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.sweep_id = '{SWEEP}' and tags.kind = 'trial'", max_results=1000)
-    mirrored = collections.Counter((run.data.tags["trial_id"], int(run.data.tags["attempt"])) for run in runs)
-    assert mirrored == attempts
-    epochs = store.read(EpochRecord, SWEEP).to_pylist()
-    for row in rows:
-        if row["state"] == "COMPLETED":
-            own = [e for e in epochs if (e["trial_id"], e["attempt"]) == (row["trial_id"], row["attempt"])]
-            assert [e["epoch"] for e in own] == list(range(row["epochs"] + 1))
-    assert store.read(PointRecord, SWEEP).num_rows == sum(row["state"] == "COMPLETED" for row in rows)
-
-
-def check_ledger(out: Path, died: Mapping[int, float]) -> None:
-    """The sum over all ledgers is what the boards drew during the attempts; a heartbeat more where one died.
-
-    `died`: moments of death by process.
-    """
-    journal = Journal(str(out), SWEEP)
-    drawn, slack = 0.0, 0.0
-    for claim in journal.claims():
-        path = journal.beat_path(claim["beats"])
-        assert path is not None
-        lines = heartbeat.read_lines(path)
-        board = boards.UUIDS.index(claim["device_columns"]["gpu_uuid"])
-        edges = [line for line in lines if line.get("attempt") == f"{claim['trial_id']}-{claim['attempt']}"]
-        ends = [line["t"] for line in edges if line["edge"] == "end"]
-        end_s = ends[0] if ends else died.get(claim["pid"], lines[-1]["t"])
-        drawn += boards.joules(board, end_s) - boards.joules(board, edges[0]["t"])
-        slack += 0.0 if ends else 550 * heartbeat.PERIOD_S
-    booked = sum(row.total_energy_j or 0.0 for row in last_rows(out).values())
-    assert booked == pytest.approx(drawn, abs=1e-3 * drawn + slack)
-    for row in last_rows(out).values():
-        parts = (row.setup_energy_j, row.train_energy_j, row.eval_energy_j, row.idle_energy_j, row.lost_energy_j)
-        assert sum(part or 0.0 for part in parts) == pytest.approx(row.total_energy_j)
-
-
-def deaths(folder: Path) -> dict[int, float]:
-    """Moments at which processes were hit, from the markers."""
-    found = {}
-    for path in folder.glob("hit-*"):
-        moment, pid = path.read_text().split()
-        found[int(pid)] = float(moment)
-    return found
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A running MLflow server."""
+    server = Server(tmp_path)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
 @pytest.fixture
@@ -134,80 +69,195 @@ def place(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
     log = tmp_path / "driver.log"
     if log.exists():
-        print(log.read_text()[-3000:])
+        print(log.read_text()[-5000:])
 
 
-def space_of(tiny: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return tiny | {"epochs": 3, "measure_seconds": 0.2, "device": "auto"} | changes
+def trial_of(tiny: dict[str, Any], rates: list[float]) -> dict[str, Any]:
+    """A trial per learning rate."""
+    changes = {"epochs": 3, "measure_seconds": 0.2, "device": "auto", "grad_clip": 1e6}
+    return tiny | changes | {"learning_rate": {"grid": rates}}
 
 
-#: Points that workers pass, and a word that keeps the driver out (it writes rows of `trials` too).
-WORKER_POINTS = {
-    "trial.begin": "",
-    "train.step": "step12.",
-    "checkpoint.write": "",
-    "parquet.rename": "/points/",
-    "trial.end": "",
-}
+def names_of(sweep: Sweep) -> list[str]:
+    """Its trials, in order."""
+    return [trial.trial_id for trial in plan_sweep(load_space(sweep.space)).trials]
 
 
-@pytest.mark.slow
-def test_workers_killed_at_every_stage(tiny: dict[str, Any], place: Path) -> None:
-    """One sweep whose workers are killed at each point once; every trial ends well all the same."""
-    out = place / "out"
-    faults = [f"{point}:SIGKILL:{place}/hit-{point}:{word}" for point, word in WORKER_POINTS.items()]
-    result = run(out, space_of(tiny, energy_lambda={"grid": [0.1, 0.2, 0.4]}), ";".join(faults), retries=5)
-    assert result["states"] == ["COMPLETED"] * 3
-    assert len(deaths(place)) == 5
-    check_exactly_once(out)
-    check_ledger(out, deaths(place))
-    assert sum(row.lost_energy_j or 0 for row in last_rows(out).values()) > 0
+def stand_at_stages(sweep: Sweep, action: str, **options: Any) -> tuple[int, list[int]]:
+    """A session in which five workers stand at the five stages while the driver, in the middle of an MLflow run (of a
+    sixth trial, which ends well), is hit by a signal. Returns the driver and the workers that stand.
+    """
+    first, *others = names_of(sweep)[:6]
+    faults = [
+        (point, point, "SIGSTOP", f"{trial}&{words}")
+        for trial, (point, words) in zip(others, STAGES.items(), strict=True)
+    ]
+    driver = sweep.begin(
+        *faults,
+        ("first", "train.step", "SIGSTOP", first),
+        ("mlflow", "mlflow.write", action, first),
+        parallel=6,
+        **options,
+    )
+    runner, workers = sweep.hit("first"), [sweep.hit(point) for point in STAGES]
+    os.kill(runner, signal.SIGCONT)
+    assert sweep.hit("mlflow") == driver
+    return driver, workers
 
 
-def tables(out: Path) -> dict[Path, int]:
-    """When each table's files were written (MLflow's copies apart)."""
-    return {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet") if "mlartifacts" not in path.parts}
+def continue_later(sweep: Sweep, name: str, seconds: float) -> None:
+    """SIGCONT for whoever stopped at a point, a while after."""
+
+    def watch() -> None:
+        pid = sweep.hit(name)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-@pytest.mark.slow
-def test_a_driver_killed_interrupted_and_resumed(tiny: dict[str, Any], place: Path) -> None:
-    """SIGKILL while a worker writes, SIGINT, a worker that hangs; then the end, and nothing after it."""
-    out, space = place / "out", space_of(tiny)
-    process = begin(out, space, f"checkpoint.write:SIGSTOP:{place}/hit-frozen")
-    wait_for(place / "hit-frozen", process)
-    assert begin(out, space).wait(timeout=200) == 1
-    assert "expected a sweep that nobody drives" in (place / "driver.log").read_text()
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    assert interrupted(out, space, place / "hit-once", step=10, count=1)
-    assert run(out, space, f"train.step:SIGSTOP:{place}/hit-hung:step18.", timeout_s=6)["states"] == ["COMPLETED"]
-    ended = [row["ended_by"] for row in Store(out).read(TrialRecord, SWEEP).to_pylist()]
-    assert sorted(ended) == ["died", "interrupt", "itself", "timeout"]
-    check_exactly_once(out)
-    check_ledger(out, {})
-    before = tables(out)
-    run(out, space)
-    assert tables(out) == before
+def test_workers_at_every_stage_and_a_server_that_is_down_for_ten_seconds(
+    fleet: Fleet, tiny: dict[str, Any], place: Path, server: Server
+) -> None:
+    """One sweep in which each trial has its own bad luck."""
+    sweep = Sweep(fleet, place, trial_of(tiny, [1e-3 * n for n in range(1, 10)] + [1e6]))
+    victim, hung, *others, memory, paused, nan = names_of(sweep)
+    killed = dict(zip(STAGES, others, strict=True))
+    faults = [
+        *((point, point, "SIGKILL", f"{killed[point]}&{words}") for point, words in STAGES.items()),
+        ("memory", "train.step", "torch.OutOfMemoryError", f"{memory}&.step9"),
+        ("victim", "train.step", "SIGSTOP", f"{victim}&.step5"),
+        ("hung", "train.step", "SIGSTOP", f"{hung}&.step5"),
+        ("paused", "train.step", "SIGSTOP", f"{paused}&.step7"),
+    ]
+    continue_later(sweep, "paused", 1.5)
+    driver = sweep.begin(*faults, parallel=4, retries=6, trial_timeout=25, tracking_uri=server.uri)
+    worker = sweep.hit("victim")
+    sweep.arm(*faults, ("mlflow", "mlflow.write", "SIGSTOP", ""))
+    assert sweep.hit("mlflow") == driver
+    sweep.kill(worker)
+    server.kill()
+    os.kill(driver, signal.SIGCONT)
+    time.sleep(10)
+    server.start()
+    assert sweep.end(driver) == 0
+    rows = sweep.last_rows()
+    assert {name for name, row in rows.items() if row.state == "COMPLETED"} == set(names_of(sweep)) - {memory, nan}
+    assert (rows[memory].error or "").startswith("OutOfMemoryError")
+    assert (rows[nan].error or "").startswith("NonFiniteLossError")
+    assert rows[memory].attempt == rows[nan].attempt == rows[killed["trial.end"]].attempt == 0
+    ended = [row["ended_by"] for row in sweep.store.read(TrialRecord, sweep.name).to_pylist()]
+    assert ended.count("timeout") >= 1
+    assert ended.count("died") >= 5
+    check_exactly_once(sweep, server.uri)
+    check_ledger(sweep)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("JOULEMOE_MATRIX" not in os.environ, reason="the rest of the fault matrix: set JOULEMOE_MATRIX=1")
-def test_the_driver_at_its_other_points(tiny: dict[str, Any], place: Path) -> None:
-    """SIGKILL between a report and its mirror, SIGINT twice, SIGKILL between a row and its mirror."""
-    out, space = place / "out", space_of(tiny)
-    assert begin(out, space, f"driver.report:SIGKILL:{place}/hit-report").wait(timeout=200) == -signal.SIGKILL
-    assert interrupted(out, space, place / "hit-twice", step=18, count=2)
-    assert begin(out, space, f"driver.end:SIGKILL:{place}/hit-end").wait(timeout=200) == -signal.SIGKILL
-    assert run(out, space)["states"] == ["COMPLETED"]
-    check_exactly_once(out)
-    check_ledger(out, {})
+def test_nodes_lost_and_a_server_that_is_down_for_good(
+    fleet: Fleet, tiny: dict[str, Any], place: Path, server: Server
+) -> None:
+    """A node is lost with a worker at every stage on it, while the driver stands in the middle of a run."""
+    sweep = Sweep(fleet, place, trial_of(tiny, [1e-3 * n for n in range(1, 7)]))
+    driver, workers = stand_at_stages(sweep, "SIGSTOP", tracking_uri=server.uri)
+    rungs = sweep.rungs()
+    fleet.add_node()
+    lose_node(sweep, workers)
+    server.kill()
+    os.kill(driver, signal.SIGCONT)
+    assert sweep.end(driver) == 0
+    assert "`joulemoe mirror " in sweep.log.read_text()
+    assert {row.state for row in sweep.last_rows().values()} == {"COMPLETED"}
+    check_ledger(sweep)
+    check_rungs(rungs, sweep.rungs())
+    server.start()
+    done = CliRunner().invoke(app, ["mirror", str(sweep.out), "--tracking-uri", server.uri])
+    assert done.exit_code == 0, done.output
+    check_exactly_once(sweep, server.uri)
 
 
-def interrupted(out: Path, space: Mapping[str, Any], marker: Path, *, step: int, count: int) -> bool:
-    """A session whose worker is frozen at a step (so that nothing ends by itself) and whose driver gets SIGINT."""
-    process = begin(out, space, f"train.step:SIGSTOP:{marker}:step{step}.")
-    wait_for(marker, process)
-    for _ in range(count):
-        os.kill(process.pid, signal.SIGINT)
-        time.sleep(1.0)
-    return bool(end(process)["ended"] == "interrupted")
+def check_rungs(before: Rungs, after: Rungs) -> None:
+    """What a scheduler knew it still knows."""
+    assert before.reports
+    for rung, reports in before.reports.items():
+        losses = {name: report.loss for name, report in reports.items()}
+        assert {name: after.reports[rung][name].loss for name in reports} == losses
+
+
+def lose_node(sweep: Sweep, workers: list[int]) -> None:
+    """SIGKILL to everything that runs on the oldest node: raylet, workers, and what writes their heartbeats."""
+    node = sweep.fleet.oldest_node()
+    raylet = node.all_processes["raylet"][0].process.pid
+    everyone = [raylet, *workers, *(keeper for pid in workers for keeper in keeper_of(pid))]
+    sweep.kill(*(pid for pid in everyone if process_start(pid)))
+    sweep.fleet.cluster.remove_node(node, allow_graceful=False)
+
+
+def test_every_end_of_a_driver(fleet: Fleet, tiny: dict[str, Any], place: Path) -> None:
+    """Sessions of one sweep on a small disk: killed, interrupted, out of room, read-only, and at last done."""
+    disk = small_disk(place / "disk")
+    try:
+        sweep = Sweep(fleet, place, trial_of(tiny, [1e-3 * n for n in range(1, 8)]))
+        sweep.out = disk.folder / "out"
+        end_drivers(sweep, disk)
+        one_seed_more(sweep, tiny)
+    finally:
+        disk.close()
+
+
+def end_drivers(sweep: Sweep, disk: SmallDisk | PlainFolder) -> None:
+    driver, workers = stand_at_stages(sweep, "SIGKILL", scheduler="pareto-asha")
+    assert sweep.end(driver) == -signal.SIGKILL
+    rungs = sweep.rungs()
+    for pid in workers:  # orphans go on, as far as they come until Ray ends them
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    for name, count in (("once", 1), ("twice", 2)):
+        driver = sweep.begin((name, "train.step", "SIGSTOP", ""), parallel=1)
+        sweep.hit(name)
+        if name == "once":
+            other = sweep.begin()
+            assert sweep.end(other) == 2
+            assert "expected a sweep that nobody drives" in sweep.log.read_text()
+        for _ in range(count):
+            os.kill(driver, signal.SIGINT)
+            time.sleep(1.0)
+        assert sweep.end(driver) == 130
+
+    driver = sweep.begin(("full", "checkpoint.write", "SIGSTOP", ""), parallel=1)
+    worker = sweep.hit("full")
+    disk.fill(driver, worker)
+    os.kill(worker, signal.SIGCONT)
+    assert sweep.end(driver) == 1
+    disk.empty()
+
+    driver = sweep.begin(("locked", "train.step", "SIGSTOP", ""), parallel=1)
+    worker = sweep.hit("locked")
+    disk.lock()
+    os.kill(worker, signal.SIGCONT)
+    assert sweep.end(driver) == 1
+    disk.unlock()
+    assert sweep.log.read_text().count("out: expected a folder that can be written") == 2
+    assert "Traceback" not in sweep.log.read_text()
+
+    assert sweep.end(sweep.begin(parallel=2)) == 0
+    assert {row.state for row in sweep.last_rows().values()} <= {"COMPLETED", "STOPPED"}
+    check_exactly_once(sweep)
+    check_ledger(sweep)
+    check_rungs(rungs, sweep.rungs())
+    before = sweep.tables()
+    assert sweep.end(sweep.drive("--resume", sweep.name)) == 0
+    assert sweep.tables() == before
+
+
+def one_seed_more(sweep: Sweep, tiny: dict[str, Any]) -> None:
+    """A finished sweep takes another seed of one of its trials, and runs nothing else."""
+    old, claims = set(sweep.last_rows()), len(sweep.journal.claims())
+    more = sweep.folder / "more.yaml"
+    more.write_text(yaml.safe_dump({"question": "?", "trial": trial_of(tiny, [6e-3])}))
+    assert sweep.end(sweep.drive(str(more), "--resume", sweep.name, "--seeds", "2")) == 0
+    (new,) = set(sweep.last_rows()) - old
+    assert new == names_of(sweep)[5].removesuffix("-s0") + "-s1"
+    assert len(sweep.journal.claims()) == claims + 1
+    check_exactly_once(sweep)
+    check_ledger(sweep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -105,6 +106,28 @@ def test_the_keeper_outlives_a_killed_process(tmp_path: Path) -> None:
     assert spent.total_j is not None
     assert spent.total_j > 0
     assert spent.flags == ("from_heartbeats",)
+
+
+def test_a_full_disk_takes_the_heartbeats_later(tmp_path: Path) -> None:
+    """The keeper may not let its file grow, then its actor goes: it stays until it has written everything."""
+    path = tmp_path / "beats.jsonl"
+    words = [sys.executable, "-m", "pipelines.heartbeat", str(path), str(os.getpid()), "cpu:6.0", "0.05"]
+    keeper = subprocess.Popen(words, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert keeper.stdin is not None
+    while len(heartbeat.read_lines(str(path))) < 2:
+        time.sleep(0.02)
+    resource.prlimit(keeper.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    size = path.stat().st_size
+    keeper.stdin.write(b'{"t": 1e12, "attempt": "a-0", "edge": "end"}\n')
+    keeper.stdin.close()
+    with pytest.raises(subprocess.TimeoutExpired):
+        keeper.wait(timeout=1)
+    assert path.stat().st_size == size
+    resource.prlimit(keeper.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert keeper.wait(timeout=60) == 0
+    *_, last, handed = heartbeat.read_lines(str(path))
+    assert last["last"]
+    assert handed["edge"] == "end"
 
 
 def advance(trial: Trial, count: int) -> None:
@@ -216,7 +239,8 @@ def test_an_attempt_that_died_gets_its_row(tiny: dict[str, Any], tmp_path: Path)
     assert row.total_energy_j == pytest.approx(1000.0)
     assert (row.lost_energy_j, row.train_energy_j, row.idle_energy_j) == pytest.approx((100.0, 600.0, 300.0))
     assert recover.write_missing(store, journal, ended_by="died") == []
-    assert recover.spent_before(store, "s", config.trial_id, 1) == pytest.approx(1000.0)
+    before = recover.row_before(store, journal, config.trial_id)
+    assert recover.spent_j(before, journal.attempts(config.trial_id)) == pytest.approx(1000.0)
     assert journal.claim(config.trial_id, claim) == 1
 
 

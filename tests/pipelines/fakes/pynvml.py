@@ -1,29 +1,39 @@
 # ruff: noqa: N801, N816, N818 - the names are NVML's
 """Boards whose joules are a closed formula of the machine's monotonic clock, for tests with real processes.
 
-Put this folder on PYTHONPATH: every process then sees the same two boards, and a test knows what they drew between
-any two moments. The counter moves every 10 ms, so that its step is not what a test of the ledger measures.
+Put this folder on PYTHONPATH: every process then sees the boards of its node (`JOULEMOE_FAKE_NODE`), and a test knows
+what they drew between any two moments. The counter moves every millisecond, so that its step is not what a test of the
+ledger measures.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 import types
 
-UUIDS = ("GPU-fake-0", "GPU-fake-1")
-STEP_S = 0.01
+BOARDS = 6
+NODE = os.environ.get("JOULEMOE_FAKE_NODE", "0")
+UUIDS = tuple(f"GPU-fake-{NODE}-{index}" for index in range(BOARDS))
+STEP_S = 0.001
+MOST_W = 600.0
 
 
-def joules(board: int, seconds: float) -> float:
-    """Exact joules of a board up to a moment: 400 W that swing by 100 W every four seconds, and more on board 1."""
+def joules(uuid: str, seconds: float) -> float:
+    """Exact joules of a board up to a moment: 400 W that swing by 100 W every four seconds, and more on others."""
     omega = math.pi / 2
-    return (400 + 50 * board) * seconds + 100 / omega * (1 - math.cos(omega * seconds))
+    return _base_w(uuid) * seconds + 100 / omega * (1 - math.cos(omega * seconds))
 
 
-def watts(board: int, seconds: float) -> float:
+def watts(uuid: str, seconds: float) -> float:
     """Its derivative."""
-    return 400 + 50 * board + 100 * math.sin(math.pi / 2 * seconds)
+    return _base_w(uuid) + 100 * math.sin(math.pi / 2 * seconds)
+
+
+def _base_w(uuid: str) -> float:
+    node, index = uuid.split("-")[2:]
+    return 400 + 10 * int(index) + 2 * int(node)
 
 
 class NVMLError(Exception):
@@ -36,10 +46,6 @@ class NVMLError_NotSupported(NVMLError):
 
 def _no(*_):
     raise NVMLError_NotSupported("not supported")
-
-
-def _index(handle):
-    return UUIDS.index(handle)
 
 
 def nvmlInit():
@@ -67,7 +73,7 @@ def nvmlDeviceGetUUID(handle):
 
 
 def nvmlDeviceGetIndex(handle):
-    return _index(handle)
+    return UUIDS.index(handle)
 
 
 def nvmlDeviceGetName(handle):
@@ -87,7 +93,7 @@ def nvmlDeviceGetMemoryInfo(handle):
 
 
 def nvmlDeviceGetTotalEnergyConsumption(handle):
-    return int(1e3 * joules(_index(handle), math.floor(time.monotonic() / STEP_S) * STEP_S))
+    return int(1e3 * joules(handle, math.floor(time.monotonic() / STEP_S) * STEP_S))
 
 
 def nvmlDeviceGetFieldValues(handle, fields):
@@ -96,7 +102,7 @@ def nvmlDeviceGetFieldValues(handle, fields):
 
 
 def nvmlDeviceGetPowerUsage(handle):
-    return int(1e3 * watts(_index(handle), time.monotonic()))
+    return int(1e3 * watts(handle, time.monotonic()))
 
 
 def nvmlDeviceGetTemperature(handle, kind):
