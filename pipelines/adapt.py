@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from hwcost import CostModel, EnergyMonitor
-from hwcost.ops import ModelShape
 from moe import BudgetController, EnergyAwareTTTRouter, Reach, TTTSettings
 from pipelines.adapting import Stream, Window, dithered, measure_reach, price_learner, thermal_guard
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError, TrialConfig
-from pipelines.model import compiled_forward, set_prices
+from pipelines.model import compiled_forward, model_shape, set_prices
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import AdaptRecord, PowerRecord, Store, TrialRecord
 from pipelines.trial_rows import TrialKey, config_columns, price_columns
@@ -71,7 +70,7 @@ class Adaptation:
             loaded.model.to(torch.bfloat16)
         self.forward = compiled_forward(loaded.model) if loaded.hardware.compile else None
         self.cost_model = CostModel.for_device(loaded.hardware.gpu_name, loaded.hardware.power_limit_w)
-        self.shape = model_shape(loaded)
+        self.shape = model_shape(loaded.model.config, loaded.hardware)
 
     def stream(self, controller: BudgetController | None) -> Stream:
         """A stream over the train split; the canary is from the validation split, which is never learnt from."""
@@ -179,21 +178,6 @@ def adapt(
     store.write(TrialRecord, [record], **where)
     stream.ttt.reset()
     return Adapted(record=record, reach=reach, budget_j_per_token=budget, windows=tuple(windows))
-
-
-def model_shape(loaded: Loaded) -> ModelShape:
-    """What the cost model needs to know of a checkpoint."""
-    config = loaded.model.config
-    return ModelShape(
-        d_model=config.n_embd,
-        num_layers=config.n_layer,
-        num_heads=config.n_head,
-        vocab_size=config.vocab_size,
-        expert_widths=tuple(config.expert_widths),
-        top_k=config.num_experts_per_tok,
-        moe_layers=len(config.moe_layer_indices),
-        dtype="fp32" if loaded.hardware.dtype == "fp32" else "bf16",
-    )
 
 
 def _row(key: TrialKey, window: Window, budget: float) -> AdaptRecord:

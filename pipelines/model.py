@@ -221,21 +221,26 @@ def prices_of(config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware
     return phase_prices(cost_model, point, kind=config.price, seed=config.seed, opens=ROUTERS[config.router].opens)
 
 
+def model_shape(model_config: MoEGPT2Config, hardware: Hardware) -> ModelShape:
+    """What the cost model needs to know of a model with experts."""
+    return ModelShape(
+        d_model=model_config.n_embd,
+        num_layers=model_config.n_layer,
+        num_heads=model_config.n_head,
+        vocab_size=model_config.vocab_size,
+        expert_widths=tuple(model_config.expert_widths),
+        top_k=model_config.num_experts_per_tok,
+        moe_layers=len(model_config.moe_layer_indices),
+        dtype="fp32" if hardware.dtype == "fp32" else "bf16",
+    )
+
+
 def weigh_opening(config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> OpeningCase | None:
     """Whether router `opening` pays in this trial's decoding; None where it is not the router, or without a GPU, whose
     joules per step nobody knows. Of several decode batches the first counts, as it does for prices."""
     if config.router != "opening" or hardware.gpu_name is None:
         return None
-    shape = ModelShape(
-        d_model=moe_config.n_embd,
-        num_layers=moe_config.n_layer,
-        num_heads=moe_config.n_head,
-        vocab_size=moe_config.vocab_size,
-        expert_widths=tuple(moe_config.expert_widths),
-        top_k=config.top_k,
-        moe_layers=len(moe_config.moe_layer_indices),
-        dtype="fp32" if hardware.dtype == "fp32" else "bf16",
-    )
+    shape = model_shape(moe_config, hardware)
     batch = config.decode_batches[0] if config.decode_batches else 1
     return opening_case(
         CostModel.for_device(hardware.gpu_name, hardware.power_limit_w),

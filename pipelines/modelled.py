@@ -14,7 +14,7 @@ from hwcost import CostModel
 from hwcost.cost_model import Cost
 from hwcost.ops import ModelShape
 from pipelines.config import TrialConfig
-from pipelines.model import Hardware
+from pipelines.model import Hardware, model_shape
 
 TRAIN, PREFILL = "train", "prefill"
 
@@ -82,19 +82,13 @@ class PhaseModel:
 
 
 def _shape(config: TrialConfig, model_config: Any, hardware: Hardware, selected_width: float | None) -> ModelShape:
-    widths = () if config.is_dense else tuple(model_config.expert_widths)
-    if selected_width is not None and widths:  # what was routed, not what could have been
-        widths = (round(selected_width / config.top_k),) * len(widths)
-    return ModelShape(
-        d_model=model_config.n_embd,
-        num_layers=model_config.n_layer,
-        num_heads=model_config.n_head,
-        vocab_size=model_config.vocab_size,
-        expert_widths=widths,
-        top_k=config.top_k,
-        moe_layers=None if config.moe_layers is None else len(config.moe_layers),
-        dtype="fp32" if hardware.dtype == "fp32" else "bf16",
-    )
+    shape = model_shape(model_config, hardware)
+    if config.is_dense:
+        return dataclasses.replace(shape, expert_widths=(), moe_layers=None)
+    if selected_width is None:
+        return shape
+    widths = (round(selected_width / config.top_k),) * shape.num_experts  # what was routed, not what could have been
+    return dataclasses.replace(shape, expert_widths=widths)
 
 
 def _cost(cost_model: CostModel, op: str, batch: int, seq_len: float, shape: ModelShape) -> Cost:

@@ -20,10 +20,11 @@ from hwcost import CostModel, EnergyMonitor, Measurement
 from moe import MoEGPT2Config, MoEGPT2LMHeadModel
 from pipelines import adapting, cli
 from pipelines import scan as scanning
-from pipelines.adapt import AdaptPlan, BudgetError, adapt, model_shape
+from pipelines.adapt import AdaptPlan, BudgetError, adapt
 from pipelines.adapting import Stream, Window, price_learner
 from pipelines.checkpoint import Loaded, load_checkpoint
 from pipelines.config import ConfigError
+from pipelines.model import model_shape
 from pipelines.records import AdaptRecord, Store, TrialRecord
 from pipelines.scan import ScanPoint, broken, scan, worth_training, write_scan
 
@@ -164,7 +165,8 @@ def test_a_hot_gpu_shrinks_the_next_batch_and_it_grows_back(checkpoint: str, met
 
 
 def test_prices_are_learnt_from_what_was_counted(checkpoint: str) -> None:
-    shape = model_shape(load(checkpoint))
+    loaded = load(checkpoint)
+    shape = model_shape(loaded.model.config, loaded.hardware)
     learner, read = price_learner(CostModel.for_device(None, None), shape, 32)
     assert set(learner.table_j) >= {"token", "join 32", "join 64", "join 128", "open"}
     counts = adapting.Counts(tokens=64, chosen_E=torch.tensor([10, 20, 30, 68]), opens=torch.tensor(6))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from hwcost import CostModel
 from hwcost.ops import ModelShape
+from moe import MoEGPT2Config
 from pipelines.config import TrialConfig
 from pipelines.model import Hardware
 from pipelines.modelled import PhaseModel
@@ -19,7 +19,7 @@ from pipelines.records import EpochRecord, PowerRecord, Store
 from pipelines.trial import run_trial
 
 H200 = Hardware(device=torch.device("cpu"), dtype="bf16", compile=True, gpu_name="NVIDIA H200", power_limit_w=700.0)
-GPT2 = types.SimpleNamespace(n_embd=768, n_layer=6, n_head=12, vocab_size=50257, expert_widths=[3072] * 8)
+GPT2 = MoEGPT2Config(n_embd=768, n_layer=6, n_head=12, vocab_size=50257, expert_widths=[3072] * 8)
 
 
 def config(**changes: Any) -> TrialConfig:
