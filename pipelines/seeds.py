@@ -98,8 +98,10 @@ def correct_boards(table: pa.Table, columns: Sequence[str]) -> tuple[pa.Table, l
     if len(used) < 2:
         return table, []
     anchor_B = _board_anchors(table, board_R, len(boards))[used]
-    if not np.isfinite(anchor_B).all():
-        return table, [f"{len(used)} boards of one model share the front, not corrected: no anchor was measured"]
+    lacking = int((~np.isfinite(anchor_B)).sum())
+    if lacking:
+        where = "" if lacking == len(used) else f" on {lacking} of them that compares with the others'"
+        return table, [f"{len(used)} boards of one model share the front, not corrected: no anchor was measured{where}"]
     factor = np.zeros(len(boards))
     factor[used] = anchor_B.mean() / anchor_B
     for column in [*energy, *map(uncertainty_column, energy)]:

@@ -167,6 +167,7 @@ def test_boards_are_corrected_by_their_anchor() -> None:
     plain = pareto_front(table(*rows))
     assert [row["train_energy_j"] for row in plain.rows(members_only=False)] == [100.0, 103.4]
     assert "not corrected: no anchor was measured" in plain.notes[0]
+    assert "on 1 of them that compares" in plain.notes[0]
 
 
 def test_modelled_joules_say_so_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
