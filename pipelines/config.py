@@ -15,7 +15,6 @@ from moe import REGULARIZERS, ROUTERS
 DENSE = "dense"
 NO_REGULARIZER = "none"
 DEFAULT_EXPERTS = 8
-PRICED_ROUTERS = frozenset({"energy", "opening", "piggyback"})
 # Keys that say where and how a trial runs, not which experiment it is.
 _NOT_THE_EXPERIMENT = ("seed", "measure_seconds", "threads", "anytime", "checkpoint", "prefill")
 ANYTIME_EPOCHS = 4
@@ -169,7 +168,7 @@ class TrialConfig(pydantic.BaseModel):
     @property
     def is_priced(self) -> bool:
         """True where λ acts on what the router selects."""
-        return self.router in PRICED_ROUTERS
+        return not self.is_dense and ROUTERS[self.router].priced
 
     @property
     def uses_price(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.records import TrialRecord
-from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform, dump_space, parse_space
+from tune_spaces import CASE, Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform, dump_space, parse_space
 
 _DEFAULT_SAMPLES = 16
 
@@ -124,6 +124,8 @@ def plan_sweep(
     if not trials:
         raise ConfigError(f"trial: expected at least one trial in the space {space.name}, got none")
     adaptive = search in ADAPTIVE
+    if adaptive and CASE in chosen.domains:
+        raise ConfigError(f"search: expected grid or random for a space with {CASE!r}, got {search!r}")
     return SweepPlan(
         sweep_id=sweep_id or new_sweep_id(space.name),
         space=space.name,
@@ -190,9 +192,14 @@ def new_sweep_id(name: str) -> str:
 
 
 def _overridden(space: Space, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    domains = {key: domain for key, domain in space.domains.items() if key not in overrides}
+    cases = domains.get(CASE)
+    if isinstance(cases, Grid | Choice):
+        kept = ({key: value for key, value in case.items() if key not in overrides} for case in cases.values)
+        domains[CASE] = dataclasses.replace(cases, values=tuple(kept))
     return {
         "fixed": {**space.fixed, **overrides},
-        "domains": {key: domain for key, domain in space.domains.items() if key not in overrides},
+        "domains": domains,
         "conditions": {key: when for key, when in space.conditions.items() if key not in overrides},
     }
 

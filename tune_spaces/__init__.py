@@ -1,6 +1,7 @@
 """Search spaces: YAML files, one per question, and the loader that turns them into values."""
 
 from tune_spaces.loader import (
+    CASE,
     Choice,
     Domain,
     Grid,
@@ -17,6 +18,7 @@ from tune_spaces.loader import (
 )
 
 __all__ = [
+    "CASE",
     "Choice",
     "Domain",
     "Grid",

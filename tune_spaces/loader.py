@@ -79,6 +79,8 @@ _RANGES: dict[str, type[Uniform] | type[LogUniform] | type[IntRange]] = {
     "int": IntRange,
 }
 KINDS = (*_LISTS, *_RANGES)
+#: A domain whose values are mappings: keys that are tried together, where a product of grids would try too much.
+CASE = "case"
 SWEEP_KEYS = (
     "search",
     "scheduler",
@@ -130,8 +132,10 @@ class Space:
                 yield point
 
     def resolve(self, sampled: Mapping[str, Any]) -> dict[str, Any]:
-        """A trial's keys from sampled values: fixed ones added, those whose condition does not hold dropped."""
+        """A trial's keys from sampled values: fixed ones added, a case's keys put in their place, and those whose
+        condition does not hold dropped."""
         point = {**self.fixed, **sampled}
+        point |= point.pop(CASE, None) or {}
         for key, conditions in self.conditions.items():
             if any(point.get(other) not in allowed for other, allowed in conditions.items()):
                 point.pop(key, None)
@@ -194,9 +198,10 @@ def parse_space(name: str, document: Mapping[str, Any]) -> Space:
                 conditions[key] = when
         else:
             fixed[key] = value
+    in_cases = _keys_of_cases(domains.get(CASE))
     for key, when in conditions.items():
         for other in when:
-            if other not in trial:
+            if other not in trial and other not in in_cases:
                 raise SpaceError(f"{key}.when: expected a key of this trial, got {other!r}")
     return Space(
         name=name,
@@ -206,6 +211,21 @@ def parse_space(name: str, document: Mapping[str, Any]) -> Space:
         conditions=conditions,
         sweep=sweep,
     )
+
+
+def _keys_of_cases(cases: Domain | None) -> set[str]:
+    """Keys that some case sets.
+
+    Raises:
+        SpaceError: a case is not a mapping of keys to values.
+    """
+    if cases is None:
+        return set()
+    values = cases.values if isinstance(cases, Grid | Choice) else (cases,)
+    for value in values:
+        if not isinstance(value, dict):
+            raise SpaceError(f"{CASE}: expected a grid or choice of mappings {{key: value}}, got {_name(value)}")
+    return {key for value in values for key in value}
 
 
 def _check_sweep(sweep: Mapping[str, Any]) -> None:
