@@ -7,8 +7,8 @@ the standard library, and writes one Parquet file with the same columns; the pac
 
 The order is that of the hash of a file's text, so it does not depend on where packages lie, and a cap on bytes takes an
 even sample of them all. A text goes whole into one split, by the same hash; texts that occur twice, or that stand in the
-corpus already, are taken once. Documents with a line of training code that vendors share may still resemble one in
-validation: the domain's loss is no measure of what a model knows, and the study's trials are not judged by it.
+corpus already, are taken once. Files that differ by a line (vendored copies) may still stand on both sides: the loss on
+this domain is a sign of progress, and no trial of the study is judged by it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,293 @@
+"""What the reference study reads: rows of each stage, comparable and named, and the statistics of a few seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy import stats as distributions
+
+from pipelines import hygiene, seeds
+from pipelines.boards import with_anchors
+from pipelines.hygiene import Context
+from pipelines.records import AnchorRecord, EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
+
+#: Stages in the order in which they run; a sweep's id is its stage's name, or begins with it and a dash.
+STAGES = (
+    "pretrain", "repeatability", "front", "epochs", "controls", "controls_routers", "phases", "collapse",
+)  # fmt: skip
+AXES = ("train_energy_j", "eval_loss_nats")
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+    """All tables of a study.
+
+    Attributes:
+        attempts: every row of `trials`, for the bill.
+        tables: by stage the rows that compare, joules as measured (`pareto_front` and `compare` correct boards).
+        rows: the same as values, joules corrected to the mean of the boards by their anchor, with `name` and `stage`.
+        left_out: by stage, what was left out and why.
+        notes: what the correction of boards says.
+    """
+
+    store: Store
+    attempts: tuple[Row, ...]
+    tables: Mapping[str, pa.Table]
+    rows: Mapping[str, tuple[Row, ...]]
+    left_out: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+    context: Context
+
+    def stage(self, *names: str) -> list[Row]:
+        """Corrected rows of some stages."""
+        return [row for name in names for row in self.rows.get(name, ())]
+
+    def table(self, *names: str) -> pa.Table | None:
+        """Measured rows of some stages; None where nothing ran."""
+        found = [self.tables[name] for name in names if name in self.tables]
+        return pa.concat_tables(found) if found else None
+
+    def epochs(self, stage: str) -> dict[str, Row]:
+        """The last epoch of every trial of a stage."""
+        last: dict[str, Row] = {}
+        for row in self._read(EpochRecord, stage):
+            if row["epoch"] > 0 and row["epoch"] >= last.get(row["trial_id"], row)["epoch"]:
+                last[row["trial_id"]] = row
+        return last
+
+    def points(self, stage: str) -> pa.Table:
+        """Rows of `points` of a stage, boards' anchors beside them."""
+        tables = [self.store.read(PointRecord, sweep_id) for sweep_id in self._sweeps(stage)]
+        return with_anchors(pa.concat_tables(tables), self.store, None)
+
+    def power(self, stage: str) -> list[Row]:
+        """Power samples of a stage."""
+        return self._read(PowerRecord, stage)
+
+    def anchors(self) -> list[Row]:
+        """All readings of the anchor workload."""
+        return list(self.store.read(AnchorRecord).to_pylist())
+
+    def _sweeps(self, stage: str) -> list[str]:
+        return sorted({row["sweep_id"] for row in self.attempts if row["stage"] == stage})
+
+    def _read(self, record: Any, stage: str) -> list[Row]:
+        return [row for sweep_id in self._sweeps(stage) for row in self.store.read(record, sweep_id).to_pylist()]
+
+
+def load(folder: str | os.PathLike[str]) -> Study:
+    """Read a study.
+
+    Raises:
+        ValueError: no trial stands there.
+    """
+    store = Store(folder)
+    table = store.read(TrialRecord)
+    if table.num_rows == 0:
+        raise ValueError(f"data: expected the results of a study, got {os.fspath(folder)}, where no trial is")
+    table = with_anchors(table, store, None)
+    stage_of = {sweep_id: stage(sweep_id) for sweep_id in pc.unique(table["sweep_id"]).to_pylist()}
+    attempts = tuple({**row, "stage": stage_of[row["sweep_id"]]} for row in table.to_pylist())
+    judged = [sweep_id for sweep_id, name in stage_of.items() if name not in (None, "pretrain")]
+    context = hygiene.clean(_of(table, judged), AXES).context
+    tables, left_out = {}, {}
+    for name in STAGES[1:]:
+        found = _of(table, [sweep_id for sweep_id in judged if stage_of[sweep_id] == name])
+        if found.num_rows:
+            cleaned = hygiene.clean(found, AXES, context=context)
+            left_out[name] = tuple(f"{left.count} × {left.reason}" for left in cleaned.left_out)
+            if cleaned.table.num_rows:
+                tables[name] = cleaned.table
+    rows, notes = _corrected(tables)
+    return Study(
+        store=store, attempts=attempts, tables=tables, rows=rows, left_out=left_out, notes=notes, context=context
+    )
+
+
+def stage(sweep_id: str) -> str | None:
+    """The stage that a sweep belongs to, None where it is none of the study's."""
+    fits = [name for name in STAGES if re.fullmatch(f"{name}(-.*)?", sweep_id)]
+    return max(fits, key=len, default=None)
+
+
+def _of(table: pa.Table, sweep_ids: Sequence[str]) -> pa.Table:
+    return table.filter(pc.is_in(table["sweep_id"], value_set=pa.array(sweep_ids, pa.string())))
+
+
+def _corrected(tables: Mapping[str, pa.Table]) -> tuple[dict[str, tuple[Row, ...]], tuple[str, ...]]:
+    """Rows by stage, their joules on the footing of the mean board: one correction for all stages."""
+    if not tables:
+        return {}, ()
+    energies = [name for name in next(iter(tables.values())).column_names if name in _CORRECTED]
+    whole, notes = seeds.correct_boards(pa.concat_tables(tables.values()), energies)
+    rows = whole.to_pylist()
+    names = iter([name for name, table in tables.items() for _ in range(table.num_rows)])
+    found: dict[str, list[Row]] = {}
+    for row, name in zip(rows, names, strict=True):
+        found.setdefault(name, []).append({**row, "stage": name, "config": json.loads(row["config_json"])})
+    return {name: tuple(part) for name, part in found.items()}, tuple(notes)
+
+
+_CORRECTED = (
+    "train_energy_j", "train_energy_dynamic_j", "train_j_per_token", "prefill_j_per_token", "decode_j_per_token",
+    *(f"decode_j_per_token_b{batch}" for batch in (1, 8, 32, 128)),
+)  # fmt: skip
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+def parts(row: Row) -> dict[str, str]:
+    """What a configuration is, in words by kind; what cannot act is left out."""
+    config = row["config"]
+    widths = config["expert_width_factors"] or [1.0] * (config["num_experts"] or 8)
+    said = {"router": "dense" if config["router"] == "dense" else _router(row)}
+    if config["router"] != "dense":
+        said |= {"k": f"K={config['top_k']}"}
+        if acts(row):
+            price = "" if config["price"] == "joules" else f" in {config['price']}"
+            said["price"] = f"λ={config['energy_lambda']:g}{price}"
+        said["widths"] = widths_word(widths)
+        weight = config["regularizer_weight"]
+        named = config["regularizer"] != "none" and weight
+        said["regularizer"] = f"{config['regularizer']} {weight:g}" if named else "no regularizer"
+        if config["temperature"] != 1:
+            said["temperature"] = f"τ={config['temperature']:g}"
+        if config["bias_balance_rate"]:
+            said["bias"] = f"bias balancing {config['bias_balance_rate']:g}"
+    said["epochs"] = f"{row['epochs']} epochs" if row["epochs"] != 1 else "1 epoch"
+    return said
+
+
+def _router(row: Row) -> str:
+    return "top-k" if row["config"]["router"] in ("energy", "topk") and not acts(row) else row["config"]["router"]
+
+
+def acts(row: Row) -> bool:
+    """True where λ is above 0 and the router has a price."""
+    return bool(row["config"]["energy_lambda"]) and row["energy_lambda"] is not None
+
+
+def widths_word(widths: Sequence[float]) -> str:
+    """Widths of experts by size: `4×1+3×0.5+1×0`."""
+    return "+".join(f"{count}×{width:g}" for width, count in sorted(Counter(widths).items(), reverse=True))
+
+
+def named(rows: Sequence[Row]) -> list[Row]:
+    """The rows with a `name` of what tells them apart; `said` holds what they share."""
+    said = [parts(row) for row in rows]
+    kinds = list(dict.fromkeys(kind for one in said for kind in one))
+    sparse = [one for one in said if one["router"] != "dense"] or said
+    telling = [kind for kind in kinds if kind == "router" or len({one.get(kind) for one in sparse}) > 1]
+    if "epochs" not in telling and len({one["epochs"] for one in said}) > 1:
+        telling.append("epochs")
+    return [
+        {**row, "name": ", ".join(one[kind] for kind in telling if kind in one)}
+        for row, one in zip(rows, said, strict=True)
+    ]
+
+
+def by_config(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by configuration, seeds in order."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        found.setdefault(row["config_fingerprint"], []).append(row)
+    return found
+
+
+def first(rows: Iterable[Row], fits: Callable[[Row], bool]) -> Row | None:
+    """The first row that fits."""
+    return next((row for row in rows if fits(row)), None)
+
+
+# --- statistics --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A mean with half of its 95 % interval (None from a single value) and the number of values."""
+
+    mean: float
+    half: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Mean | None:
+        """Student's t interval; None without a value."""
+        known = np.array([value for value in values if value is not None], dtype=float)
+        if not len(known):
+            return None
+        half = None
+        if len(known) > 1:
+            error = known.std(ddof=1) / math.sqrt(len(known))
+            half = float(distributions.t.ppf(0.975, len(known) - 1) * error)
+        return cls(mean=float(known.mean()), half=half, count=len(known))
+
+    def text(self, digits: int, *, scale: float = 1.0, sign: bool = False, unit: str = "") -> str:
+        """`1.234 ± 0.005`, without the half where it is not known."""
+        form = f"{'+' if sign else ''}.{digits}f"
+        value = f"{self.mean * scale:{form}}"
+        return f"{value} ± {self.half * scale:.{digits}f}{unit}" if self.half is not None else f"{value}{unit}"
+
+
+def paired(rows: Sequence[Row], base: Sequence[Row], value: Callable[[Row], float | None]) -> Mean | None:
+    """Mean of the differences from `base`, seed by seed."""
+    of_base = {row["seed"]: value(row) for row in base}
+    pairs = [(value(row), of_base.get(row["seed"])) for row in rows]
+    return Mean.of([a - b for a, b in pairs if a is not None and b is not None])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A standard deviation pooled over cells of equal trials, with its degrees of freedom."""
+
+    value: float
+    dof: int
+
+    @classmethod
+    def of(cls, cells: Iterable[Sequence[float]]) -> Spread | None:
+        """Pooled over cells of at least two values; None without one."""
+        arrays = [np.asarray(cell, dtype=float) for cell in cells if len(cell) > 1]
+        dof = sum(len(cell) - 1 for cell in arrays)
+        if not dof:
+            return None
+        return cls(value=math.sqrt(sum(((c - c.mean()) ** 2).sum() for c in arrays) / dof), dof=dof)
+
+
+def cells(rows: Iterable[Row], value: Callable[[Row], float], *keys: str) -> list[list[float]]:
+    """Values of rows that agree in some columns."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(value(row))
+    return list(found.values())
+
+
+def log_joules(row: Row) -> float:
+    """log of joules per token: differences are relative ones."""
+    return math.log(row["train_energy_j"] / row["tokens_trained"])
+
+
+def loss(row: Row) -> float:
+    """Validation loss."""
+    return float(row["eval_loss_nats"])
+
+
+def joules_spread(study: Study) -> Spread | None:
+    """A/A repeatability of joules per token, relative, within one board; over seeds."""
+    return Spread.of(cells(study.stage("repeatability"), log_joules, "config_fingerprint", "gpu_uuid"))
+
+
+def loss_spread(study: Study) -> Spread | None:
+    """Spread of loss between seeds of one configuration."""
+    return Spread.of(cells(study.stage("repeatability"), loss, "config_fingerprint"))
