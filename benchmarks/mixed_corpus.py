@@ -1,12 +1,12 @@
-"""A corpus for pretraining where there is no network: a Parquet corpus, and the text of the packages that are installed.
+"""A corpus for pretraining without a network: a Parquet corpus, and the text of the packages that are installed.
 
-Reads a Parquet file with columns domain, split, text and the .py, .pyi, .rst, .md and .txt files under site-packages and
-the standard library, and writes one Parquet file with the same columns; the packages' text is the domain `python`:
+Reads a Parquet file with columns domain, split, text and the .py, .pyi, .rst, .md and .txt files under site-packages
+and the standard library, and writes one Parquet file with the same columns; the packages' text is the domain `python`:
 
     python benchmarks/mixed_corpus.py corpus.parquet --out mixed.parquet --max-bytes 250000000
 
 The order is that of the hash of a file's text, so it does not depend on where packages lie, and a cap on bytes takes an
-even sample of them all. A text goes whole into one split, by the same hash; texts that occur twice, or that stand in the
+even sample of them all. A text goes whole into one split, by the same hash; texts that occur twice, or stand in the
 corpus already, are taken once. Files that differ by a line (vendored copies) may still stand on both sides: the loss on
 this domain is a sign of progress, and no trial of the study is judged by it.
 """
@@ -93,8 +93,8 @@ def mix(corpus: Path, out: Path, roots: Sequence[Path], max_bytes: int) -> str:
     size = sum(len(row["text"].encode()) for row in more)
     held = sum(row["split"] != "train" for row in more)
     return (
-        f"{out}: {len(rows)} texts of {corpus.name}, {len(more)} of domain {DOMAIN} ({size / 1e6:.1f} MB, {held} held out),"
-        f" fingerprint {fingerprint([*rows, *more])}"
+        f"{out}: {len(rows)} texts of {corpus.name}, {len(more)} of domain {DOMAIN} ({size / 1e6:.1f} MB, {held} held"
+        f" out), fingerprint {fingerprint([*rows, *more])}"
     )
 
 

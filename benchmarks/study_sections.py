@@ -1,0 +1,306 @@
+"""Sections of the reference study that stand first: its cost, its repeatability, the front and epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import study_rows as data
+from benchmarks.study_rows import Mean, Row, Study
+from pipelines.chart import Axis, Chart, Figure, Key, Line, Point
+from pipelines.pareto import Front, pareto_front
+from pipelines.results import Look, title_of
+from pipelines.show import front_lines, interval, number
+
+NOT_RUN = "Not run."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading, paragraphs of Markdown under it, and figures."""
+
+    title: str
+    text: tuple[str, ...]
+    figures: tuple[Figure, ...] = ()
+
+    @property
+    def ran(self) -> bool:
+        """False where the stage is missing."""
+        return self.text != (NOT_RUN,)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table: the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def text(value: float | None, digits: int = 4, *, unit: str = "") -> str:
+    """A number, or a dash where it is not known."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}{unit}"
+
+
+def total(values: Iterable[float | None]) -> float | None:
+    """A sum; None where nothing is known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+# --- cost --------------------------------------------------------------------------------------------------
+
+
+def cost(study: Study) -> Section:
+    """What the study took: joules of trials and anchors, GPU-minutes."""
+    rows = []
+    for stage in data.STAGES:
+        attempts = [row for row in study.attempts if row["stage"] == stage]
+        if attempts:
+            rows.append(_bill(stage, attempts, [a for a in study.anchors() if data.stage(a["sweep_id"]) == stage]))
+    if not rows:
+        return Section(title="Cost of the study", text=(NOT_RUN,))
+    sums = [total(row[i] for row in rows) for i in range(1, 7)]
+    body = [_cells(row) for row in [*rows, ("all", *sums)]]
+    head = ("stage", "trials", "failed", "training, kJ", "all of the trials, kJ", "anchors, kJ", "GPU-minutes")
+    joules = (sums[3] or 0.0) + (sums[4] or 0.0)
+    boards = sorted({row["gpu_uuid"] for row in study.attempts if row["gpu_uuid"]})
+    said = f"{joules / 1e3:,.1f} kJ ({joules / 3.6e6:.3f} kWh) on {len(boards)} boards. {study.context}."
+    return Section(title="Cost of the study", text=(said, markdown(head, body)))
+
+
+def _bill(stage: str, attempts: Sequence[Row], anchors: Sequence[Row]) -> tuple[Any, ...]:
+    """Trials, failed ones, training, everything, anchors, minutes. Totals of a trial are over its attempts already."""
+    last: dict[str, Row] = {}
+    for row in sorted(attempts, key=lambda row: row["attempt"]):
+        last[row["trial_id"]] = row
+    seconds = total(row["duration_s"] for row in attempts)
+    return (
+        stage,
+        len(last),
+        sum(row["state"] == "FAILED" for row in last.values()),
+        total(row["train_energy_j"] for row in last.values()),
+        total(row["total_energy_j"] for row in last.values()),
+        total(row["energy_j"] for row in anchors),
+        None if seconds is None else seconds / 60,
+    )
+
+
+def _cells(row: Sequence[Any]) -> list[str]:
+    stage, trials, failed, *joules, minutes = row
+    return [stage, str(trials), str(failed), *(text(j and j / 1e3, 1) for j in joules), text(minutes, 1)]
+
+
+# --- repeatability -----------------------------------------------------------------------------------------
+
+
+def repeatability(study: Study) -> Section:
+    """A/A: the spread of equal trials, and effects in multiples of it."""
+    rows = data.named(study.stage("repeatability"))
+    title = "Repeatability (A/A)"
+    if not rows:
+        return Section(title=title, text=(NOT_RUN,))
+    joules, losses = data.joules_spread(study), data.loss_spread(study)
+    body = []
+    for group in data.by_config(rows).values():
+        for board in sorted({row["gpu_uuid"] or row["host"] for row in group}):
+            body.append(_cell_row(group, board))
+    head = ("configuration", "board", "trials", "mJ/token", "spread", "loss, nat/token", "spread, nat")
+    said = [
+        "Seeds differ between trials of one configuration, so the spread of loss is that of seeds. Spread: standard "
+        "deviation; of joules relative to the mean, within one board.",
+        markdown(head, body),
+    ]
+    if joules is not None and losses is not None:
+        said.append(
+            f"Pooled: joules {joules.value:.2%} ({joules.dof} degrees of freedom), loss {losses.value:.4f} nat "
+            f"({losses.dof})."
+        )
+        said.append(_effects(rows, joules.value, losses.value))
+    same = _same_trials(study)
+    if same is not None:
+        said.append(
+            f"Trials of one configuration, seed and board that ran in several stages: joules {same[0].value:.2%}, "
+            f"loss {same[1].value:.5f} nat ({same[0].dof} degrees of freedom): without the seed."
+        )
+    return Section(title=title, text=tuple(said))
+
+
+def _cell_row(group: Sequence[Row], board: str) -> list[str]:
+    here = [row for row in group if (row["gpu_uuid"] or row["host"]) == board]
+    spread = data.Spread.of([[data.log_joules(row) for row in here]])
+    loss = data.Spread.of([[data.loss(row) for row in here]])
+    per_token = np.mean([row["train_energy_j"] / row["tokens_trained"] for row in here])
+    return [
+        here[0]["name"],
+        board[-4:],
+        str(len(here)),
+        f"{per_token * 1e3:.4f}",
+        "–" if spread is None else f"{spread.value:.2%}",
+        f"{np.mean([data.loss(row) for row in here]):.4f}",
+        text(loss and loss.value),
+    ]
+
+
+def _effects(rows: Sequence[Row], joules: float, losses: float) -> str:
+    """Each configuration against the first, paired by seed, in multiples of the spreads."""
+    groups = list(data.by_config(rows).values())
+    base = max(groups, key=lambda group: (not data.acts(group[0]), group[0]["config"]["top_k"]))
+    body = []
+    for group in groups:
+        if group is base:
+            continue
+        change, loss = data.paired(group, base, data.log_joules), data.paired(group, base, data.loss)
+        if change is None or loss is None:
+            continue
+        large = abs(change.mean) > 3 * joules
+        body.append(
+            [
+                group[0]["name"],
+                change.text(2, scale=100, sign=True, unit=" %"),
+                f"{abs(change.mean) / joules:.1f}",
+                loss.text(4, sign=True),
+                f"{abs(loss.mean) / losses:.1f}" if losses else "–",
+                "yes" if large else "no",
+            ]
+        )
+    head = ("configuration", "joules (log ratio)", "× spread", "loss, nat", "× spread", "joules beyond 3×")
+    return f"Against {base[0]['name']}, paired by seed, boards corrected:\n\n{markdown(head, body)}"
+
+
+def _same_trials(study: Study) -> tuple[data.Spread, data.Spread] | None:
+    rows = [row for stage in data.STAGES for row in study.stage(stage)]
+    keys = ("config_fingerprint", "seed", "gpu_uuid")
+    joules = data.Spread.of(data.cells(rows, data.log_joules, *keys))
+    losses = data.Spread.of(data.cells(rows, data.loss, *keys))
+    return None if joules is None or losses is None else (joules, losses)
+
+
+# --- the front ---------------------------------------------------------------------------------------------
+
+
+def front(study: Study) -> Section:
+    """Loss against joules: members, the hypervolume, what regularizers do at equal λ, K and widths."""
+    table = study.table("front")
+    if table is None:
+        return Section(title="The front", text=(NOT_RUN,))
+    rows = {row["trial_id"]: row for row in data.named(study.stage("front"))}
+    found = pareto_front(table)
+    said = [f"{len(found)} of {len(found.on_front_N)} configurations are not dominated."]
+    said.append(_members(found, rows))
+    said.append("\n".join(f"* {line}" for line in front_lines(found)))
+    effects = _regularizers(list(rows.values()))
+    if effects:
+        said.append(effects)
+    return Section(title="The front", text=tuple(said), figures=(_front_chart(found, rows, "front"),))
+
+
+def _members(found: Front, rows: dict[str, Row]) -> str:
+    body = []
+    for row in found.rows():
+        trial = rows[row["trial_id"].split()[0]]
+        chance = row["front_probability"]
+        body.append(
+            [
+                trial["name"] + (" ◀" if row["knee"] else ""),
+                interval(row, "train_energy_j"),
+                interval(row, "eval_loss_nats"),
+                text(trial["test_loss_nats"]),
+                text(trial["effective_experts"], 2),
+                text(chance, 2),
+            ]
+        )
+    return markdown(("member", "J", "loss, nat/token", "test loss", "effective experts", "P(front)"), body)
+
+
+def _regularizers(rows: Sequence[Row]) -> str:
+    """Mean change against no regularizer, at equal everything else."""
+    keyed = {(_rest(row), row["regularizer"]): row for row in rows}
+    body = []
+    for name in sorted({row["regularizer"] for row in rows if row["regularizer"]}):
+        pairs = [(row, keyed.get((rest, None))) for (rest, regularizer), row in keyed.items() if regularizer == name]
+        both = [(row, base) for row, base in pairs if base is not None]
+        joules = Mean.of([data.log_joules(row) - data.log_joules(base) for row, base in both])
+        losses = Mean.of([data.loss(row) - data.loss(base) for row, base in both])
+        if joules is not None and losses is not None:
+            body.append([name, str(joules.count), joules.text(2, scale=100, sign=True), losses.text(4, sign=True)])
+    if not body:
+        return ""
+    head = ("regularizer", "pairs", "joules, %", "loss, nat")
+    return f"Against no regularizer at equal λ, K and widths (means over pairs, one seed):\n\n{markdown(head, body)}"
+
+
+def _rest(row: Row) -> tuple[Any, ...]:
+    config = row["config"]
+    return (config["router"], config["top_k"], config["energy_lambda"], tuple(config["expert_width_factors"] or ()))
+
+
+def _front_chart(found: Front, rows: dict[str, Row], name: str) -> Chart:
+    look = Look.of(list(rows.values()))
+    points = []
+    for row in found.rows(members_only=False):
+        trial = rows[row["trial_id"].split()[0]]
+        equal = len(set(trial["config"]["expert_width_factors"] or [1])) == 1
+        points.append(
+            Point(
+                x=row["train_energy_j"],
+                y=row["eval_loss_nats"],
+                tip=trial["name"],
+                x_range=_range(row, "train_energy_j"),
+                y_range=_range(row, "eval_loss_nats"),
+                colour=None if equal else look.colour(trial),
+                shape=look.shape(trial),
+                strong=row["on_front"],
+                ring=row["knee"],
+            )
+        )
+    order = found.order()
+    stairs = Line(x=found.mean_NM[order, 0].tolist(), y=found.mean_NM[order, 1].tolist(), step=True, tip="front")
+    return Chart(
+        id=name,
+        title="Loss against training energy",
+        alt=f"{len(found)} of {len(found.on_front_N)} configurations are on the front.",
+        x=Axis(title=title_of("train_energy_j", modelled=found.modelled)),
+        y=Axis(title=title_of("eval_loss_nats", modelled=False)),
+        points=tuple(points),
+        lines=(stairs,),
+        legend=(
+            Key(label="front", kind="line"),
+            *look.legend(),
+            Key(label="equal experts", kind="point"),
+            Key(label="dominated", kind="point", strong=False),
+        ),
+    )
+
+
+def _range(row: dict[str, Any], axis: str) -> tuple[float, float] | None:
+    low = row.get(f"{axis}_low")
+    return None if low is None else (low, row[f"{axis}_high"])
+
+
+# --- epochs ------------------------------------------------------------------------------------------------
+
+
+def epochs(study: Study) -> Section:
+    """The ends that each anytime trial passed through, as configurations of their own."""
+    title = "Another epoch"
+    trials = {row["trial_id"]: row for row in study.stage("epochs")}
+    if not trials:
+        return Section(title=title, text=(NOT_RUN,))
+    found = pareto_front(study.points("epochs"), table="points")
+    ends = found.rows(members_only=False)
+    known = [(end, {**trials[end["trial_id"]], "epochs": end["epochs"]}) for end in ends if end["trial_id"] in trials]
+    names = data.named([row for _, row in known])
+    body = [
+        [
+            row["name"],
+            number(end["train_energy_j"]),
+            f"{end['eval_loss_nats']:.4f}",
+            "front" if end["on_front"] else "dominated",
+        ]
+        for (end, _), row in zip(known, names, strict=True)
+    ]
+    said = "One trial each passes through both ends; its joules are those of the trunk and of the end's own decay."
+    return Section(title=title, text=(said, markdown(("end", "J", "loss, nat/token", "place"), body)))
