@@ -72,6 +72,13 @@ def test_a_price_that_cannot_act_is_no_other_experiment(tiny: dict[str, Any]) ->
     assert fingerprint(tiny, price="uniform") != fingerprint(tiny)
 
 
+def test_the_control_that_permutes_a_priced_router_is_priced_too(tiny: dict[str, Any]) -> None:
+    permuted = tiny | {"router": "permuted", "expert_width_factors": [1, 1, 0.5, 0]}
+    one, other = (TrialConfig.parse(permuted | {"energy_lambda": value}) for value in (0.1, 1.0))
+    assert one.is_priced
+    assert one.fingerprint != other.fingerprint
+
+
 def test_a_null_expert_lets_the_price_act(tiny: dict[str, Any]) -> None:
     null = tiny | {"expert_width_factors": [1.0, 1.0, 1.0, 0.0]}
     assert fingerprint(null, energy_lambda=0.5) != fingerprint(null, energy_lambda=0.0)

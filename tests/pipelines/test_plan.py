@@ -78,6 +78,17 @@ def test_paths_are_absolute_because_a_trial_has_its_own_folder(
     assert trial.fingerprint == trial.model_copy(update={"data": "/elsewhere/a.txt"}).fingerprint
 
 
+def test_a_setting_replaces_that_of_every_case(tiny: dict[str, Any]) -> None:
+    cases = {"case": Grid(({"top_k": 1, "temperature": 2.0}, {"top_k": 2}))}
+    plan = plan_sweep(space(tiny, cases))
+    assert [(t.top_k, t.temperature) for t in plan.trials] == [(1, 2.0), (2, 1.0)]
+    plan = plan_sweep(space(tiny, cases), overrides={"top_k": 2})
+    assert [(t.top_k, t.temperature) for t in plan.trials] == [(2, 2.0), (2, 1.0)]
+    assert SweepPlan.from_document(json.loads(json.dumps(plan.to_document()))).loaded_space().domains
+    with pytest.raises(ConfigError, match="search: expected grid or random for a space with 'case', got 'tpe'"):
+        plan_sweep(space(tiny, cases), search="tpe")
+
+
 def test_a_plan_survives_json(tiny: dict[str, Any]) -> None:
     domains = {"top_k": Grid((1, 2)), "energy_lambda": LogUniform(1e-3, 1)}
     for search in ("random", "tpe"):

@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tune_spaces import Choice, Grid, IntRange, LogUniform, SpaceError, Uniform, find_space, load_space, shipped_spaces
+from tune_spaces import (
+    Choice,
+    Grid,
+    IntRange,
+    LogUniform,
+    SpaceError,
+    Uniform,
+    dump_space,
+    find_space,
+    load_space,
+    parse_space,
+    shipped_spaces,
+)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -62,9 +74,36 @@ trial:
     ]
 
 
+def test_a_cases_keys_are_tried_together(tmp_path: Path) -> None:
+    space = load_space(
+        write(
+            tmp_path,
+            """
+trial:
+  router: energy
+  top_k: 2
+  case: {grid: [{top_k: 1}, {router: random}, {}]}
+  epochs: {grid: [1, 2]}
+  price: {grid: [joules], when: {router: energy}}
+""",
+        )
+    )
+    assert list(space.grid_points()) == [
+        {"router": "energy", "top_k": 1, "epochs": 1, "price": "joules"},
+        {"router": "energy", "top_k": 1, "epochs": 2, "price": "joules"},
+        {"router": "random", "top_k": 2, "epochs": 1},
+        {"router": "random", "top_k": 2, "epochs": 2},
+        {"router": "energy", "top_k": 2, "epochs": 1, "price": "joules"},
+        {"router": "energy", "top_k": 2, "epochs": 2, "price": "joules"},
+    ]
+    assert parse_space("again", dump_space(space)).domains == space.domains
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("trial: {case: {grid: [1]}}", "case: expected a grid or choice of mappings {key: value}, got 1"),
+        ("trial: {case: {uniform: [1, 2]}}", "case: expected a grid or choice of mappings"),
         ("trial: {top_k: {gird: [1]}}", "top_k: expected one of grid, choice, uniform, loguniform, int"),
         ("trial: {top_k: {grid: []}}", "top_k.grid: expected a list of at least one value"),
         ("trial: {top_k: {uniform: [2, 1]}}", "top_k.uniform: expected low < high, got [2, 1]"),

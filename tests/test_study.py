@@ -1,0 +1,240 @@
+"""The reference study: its spaces are what they say, and its tables are those of its data."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import mixed_corpus, study, study_rows
+from benchmarks.study_controls import references
+from benchmarks.study_rows import STAGES, Mean, Spread
+from pipelines.config import TrialConfig
+from pipelines.plan import plan_sweep
+from pipelines.records import TrialRecord
+from pipelines.trial_rows import config_columns
+from tests.pipelines import synthetic
+from tune_spaces import load_space, shipped_spaces
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Studies whose tables are committed beside their data.
+COMMITTED = sorted(path.parent for path in ROOT.glob("docs/study-*/tables.md"))
+BOARDS = ("GPU-aaaa", "GPU-bbbb")
+
+
+def trials(stage: str, **options: Any) -> tuple[TrialConfig, ...]:
+    return plan_sweep(load_space(shipped_spaces()[f"study/{stage}.yaml"]), **options).trials
+
+
+# --- the spaces --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_space_of_the_models_own_size(stage: str) -> None:
+    space = load_space(shipped_spaces()[f"study/{stage}.yaml"])
+    assert space.question
+    for config in trials(stage):
+        assert (config.seq_len, config.batch_size, config.n_layer, config.n_embd) == (1024, 16, 6, 768)
+        assert config.checkpoint == (stage == "pretrain")
+        assert bool(config.decode_batches) == (stage == "phases" or config.router in ("opening", "piggyback"))
+
+
+def test_the_front_crosses_prices_with_top_k_and_regularizers_where_widths_differ() -> None:
+    found = trials("front")
+    assert len(found) == 54
+    equal = [config for config in found if len(set(config.width_factors)) == 1]
+    assert {config.energy_lambda for config in equal} == {0.0}
+    assert {config.regularizer for config in found[:18]} == {"load_balance"}  # what a cut leaves is a design
+
+
+def test_controls_share_seeds_and_the_configurations_of_other_stages() -> None:
+    by_stage = {stage: {config.fingerprint for config in trials(stage)} for stage in STAGES}
+    assert by_stage["repeatability"] < by_stage["front"]
+    assert by_stage["repeatability"] < by_stage["controls"]
+    for stage in ("controls", "controls_routers"):
+        assert {config.seed for config in trials(stage)} == set(range(5))
+    assert len({config.router for config in trials("controls_routers")}) == 5
+
+
+# --- the tables --------------------------------------------------------------------------------------------
+
+
+def rows_of(stage: str, rng: np.random.Generator) -> list[TrialRecord]:
+    """Trials of a stage with joules and losses by formula: K = 1 takes a fifth less, λ a tenth, boards differ."""
+    made = []
+    for i, config in enumerate(trials(stage)):
+        board, factor = BOARDS[i % 2], 1.04 if i % 2 else 1.0
+        joules = 1000.0 * config.epochs * factor
+        joules *= {1: 0.8, 2: 1.0, 4: 1.5}[config.top_k] if not config.is_dense else 0.7
+        joules *= 0.9 if config.price_acts else 1.0
+        loss = 3.5 - 0.05 * math.log2(config.top_k) - 0.03 * config.epochs + 0.02 * config.price_acts
+        joules *= 1 + 0.002 * rng.standard_normal()
+        decode = {f"decode_j_per_token_b{b}": 0.1 / b for b in config.decode_batches}
+        made.append(
+            synthetic.trial(
+                config.trial_id,
+                **config_columns(config),
+                sweep_id=f"{stage}-20260101-120000-abcd",
+                gpu_uuid=board,
+                train_energy_j=joules,
+                train_energy_dynamic_j=None,
+                total_energy_j=1.5 * joules,
+                modelled_train_energy_j=1.1 * 1.02 * joules / factor,  # of the mean board
+                tokens_trained=1_000_000 * config.epochs,
+                train_j_per_token=joules / 1e6 / config.epochs,
+                eval_loss_nats=loss + 0.001 * rng.standard_normal(),
+                train_duration_s=joules / 600,
+                duration_s=joules / 300,
+                mean_selected_width=None if config.is_dense else 2000.0,
+                dtype="bf16",
+                **decode,
+            )
+        )
+    return made
+
+
+def written(folder: Path, *stages: str) -> Path:
+    rng = np.random.default_rng(0)
+    for stage in stages:
+        store = synthetic.write(folder, rows_of(stage, rng))
+    synthetic.write_anchors(
+        store,
+        *(
+            synthetic.anchor(board, "start", 1e-3 * factor, sweep_id=f"{stages[0]}-20260101-120000-abcd")
+            for board, factor in zip(BOARDS, (1.0, 1.04), strict=True)
+        ),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("study"), *STAGES)
+
+
+def numbers(line: str) -> list[float]:
+    return [float(word) for word in re.findall(r"[+-]?\d+\.\d+", line)]
+
+
+def line(text: str, begin: str, *, after: str) -> str:
+    return next(row for row in text.split(after, 1)[1].splitlines() if row.startswith(f"| {begin} |"))
+
+
+def test_effects_that_were_put_in_come_out(whole: Path) -> None:
+    found = study.load(whole)
+    text = study.page(found, study.sections(found))
+    assert "Not run." not in text
+    assert "2 boards of one model corrected by their anchor workload" in text
+    change, _, beyond = numbers(line(text, "top-k, K=1", after="paired by seed"))[:3]
+    assert change == pytest.approx(100 * math.log(0.8), abs=1)
+    assert beyond > 3
+    spread = study_rows.joules_spread(found)
+    assert spread is not None
+    assert spread.value == pytest.approx(0.002, rel=0.6)
+    loss, half, joules = numbers(line(text, "dense, 1 epoch", after="Against no price").replace("5 |", "", 1))[:3]
+    assert loss == pytest.approx(0.0, abs=0.06)
+    assert 0 < half < 0.01
+    assert joules == pytest.approx(100 * math.log(0.7), abs=1)
+    assert "mean absolute error 10.0%" in text
+    assert "orders 100.0% alike" in text
+
+
+def test_saving_at_equal_loss_is_that_over_the_line_of_top_k(whole: Path) -> None:
+    """λ = 1 at K = 2: a loss 2/5 of the way to K = 1, where the line saves 1 - 0.8^0.4, and a tenth saved in all."""
+    found = study.load(whole)
+    text = study.page(found, study.sections(found))
+    saved = numbers(line(text, "energy, K=2, λ=1, 4×1+3×0.5+1×0, load_balance 0.01, 1 epoch", after="line of K"))[0]
+    assert saved == pytest.approx(100 * (1 - 0.9 / 0.8**0.4), abs=2)
+
+
+def test_the_references_are_what_a_price_must_beat(whole: Path) -> None:
+    rows = study_rows.named(study_rows.load(whole).stage("controls", "controls_routers"))
+    found = {what: row["config"] for what, row in references(rows).items()}
+    assert [(c["router"], c["top_k"], c["energy_lambda"], c["price"]) for c in found.values()] == [
+        ("energy", 2, 0.0, "joules"),
+        ("energy", 1, 0.0, "joules"),
+        ("energy", 2, 1.0, "shuffled"),
+    ]
+
+
+@pytest.mark.parametrize("stage", ["repeatability", "controls", "phases"])
+def test_a_stage_alone_is_told_and_the_others_are_missed(tmp_path: Path, stage: str) -> None:
+    found = study.load(written(tmp_path, stage))
+    text = study.page(found, study.sections(found))
+    assert text.count("Not run.") >= 3
+    study.write(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "tables.md").read_text(encoding="utf-8") == text
+
+
+def test_figures_are_written_for_papers(whole: Path, tmp_path: Path) -> None:
+    study.write(whole, tmp_path)
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    assert names == {path.stem for path in tmp_path.glob("*.svg")} == {
+        "front", "controls", "phases", "model-1", "model-2", "collapse",
+    }  # fmt: skip
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected the results of a study"):
+        study.load(tmp_path)
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_tables_are_those_of_their_data(folder: Path) -> None:
+    found = study.load(folder / "data")
+    assert (folder / "tables.md").read_text(encoding="utf-8") == study.page(found, study.sections(found))
+
+
+def test_small_samples_have_students_intervals() -> None:
+    mean = Mean.of([1.0, 2.0, None, 3.0])
+    assert mean is not None
+    assert mean.half == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert Mean.of([None]) is None
+    single = Mean.of([1.0])
+    assert single is not None
+    assert single.half is None
+    pooled = Spread.of([[1.0, 3.0], [5.0], [2.0, 2.0]])
+    assert pooled is not None
+    assert (pooled.value, pooled.dof) == (1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("sweep_id", "stage"),
+    [("controls", "controls"), ("controls_routers-2026", "controls_routers"), ("frontier", None), ("front-1", "front")],
+)
+def test_a_sweep_belongs_to_the_stage_that_its_name_says(sweep_id: str, stage: str | None) -> None:
+    assert study_rows.stage(sweep_id) == stage
+
+
+# --- text of packages --------------------------------------------------------------------------------------
+
+
+def test_package_text_goes_whole_into_one_split_and_once(tmp_path: Path) -> None:
+    corpus, root = tmp_path / "corpus.parquet", tmp_path / "site"
+    known = "text of the corpus " * 20
+    pq.write_table(pa.table({"domain": ["news"], "split": ["validation"], "text": [known]}), corpus)
+    (root / "a").mkdir(parents=True)
+    for i in range(200):
+        (root / "a" / f"m{i}.py").write_text(f"value = {i}\n" * 30)
+        (root / f"copy{i}.py").write_text(f"value = {i}\n" * 30)
+    (root / "known.txt").write_text(known)
+    (root / "empty.py").write_text("")
+    (root / "table.csv").write_text("1,2\n" * 100)
+    said = mixed_corpus.mix(corpus, tmp_path / "one.parquet", [root], 10**9)
+    rows = pq.read_table(tmp_path / "one.parquet").to_pylist()
+    assert rows[0] == {"domain": "news", "split": "validation", "text": known}
+    texts = [row["text"] for row in rows]
+    assert len(texts) == len(set(texts)) == 201
+    assert {row["split"] for row in rows[1:]} == {"train", "validation", "test"}
+    (root / "a").rename(root / "z")
+    assert mixed_corpus.mix(corpus, tmp_path / "one.parquet", [root], 10**9) == said
+    mixed_corpus.mix(corpus, tmp_path / "small.parquet", [root], 5000)
+    small = pq.read_table(tmp_path / "small.parquet").to_pylist()
+    assert small[1:] == rows[1 : len(small)]
+    assert sum(len(row["text"]) for row in small[1:]) <= 5000
