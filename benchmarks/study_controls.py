@@ -26,7 +26,9 @@ def controls(study: Study) -> Section:
     table, rows = study.table(*STAGES), data.named(study.stage(*STAGES))
     if table is None:
         return Section(title=title, text=(NOT_RUN,))
-    groups = data.by_config(rows)
+    groups = dict(
+        sorted(data.by_config(rows).items(), key=lambda item: float(np.mean([*map(data.log_joules, item[1])])))
+    )
     said = [_means(study, groups)]
     for what, base in references(rows).items():
         said.append(_differences(what, base, table, groups))
@@ -142,7 +144,7 @@ def _differences(what: str, base: Row, table: pa.Table, groups: Mapping[str, lis
                 "–" if pair is None else _verdict(pair),
             ]
         )
-    head = ("configuration", "seeds", "loss, nat", "joules, %", "p(unequal loss)", "verdict")
+    head = ("configuration", "seeds", "loss, nat", "joules, %", "p(losses differ)", "verdict")
     return (
         f"**Against {what}** ({base['name']}): differences paired by seed, with 95 % intervals; joules per token as a "
         f"log ratio. Losses within ±{answer.margin_nats:g} nat count as equal; verdicts are adjusted for all "

@@ -185,17 +185,23 @@ def widths_word(widths: Sequence[float]) -> str:
 
 
 def named(rows: Sequence[Row]) -> list[Row]:
-    """The rows with a `name` of what tells them apart; `said` holds what they share."""
+    """The rows with a `name`: router, K and price where they differ, all else where it is not what most rows have."""
     said = [parts(row) for row in rows]
-    kinds = list(dict.fromkeys(kind for one in said for kind in one))
     sparse = [one for one in said if one["router"] != "dense"] or said
-    telling = [kind for kind in kinds if kind == "router" or len({one.get(kind) for one in sparse}) > 1]
-    if "epochs" not in telling and len({one["epochs"] for one in said}) > 1:
-        telling.append("epochs")
+    kinds = list(dict.fromkeys(kind for one in said for kind in one))
+    usual: dict[str, str | None] = {}
+    for kind in kinds:
+        (value, count), *others = Counter(one.get(kind) for one in sparse).most_common()
+        most = 2 * count > len(sparse) and (kind not in _ALWAYS or not others)
+        usual[kind] = value if most and kind != "router" else ""
     return [
-        {**row, "name": ", ".join(one[kind] for kind in telling if kind in one)}
+        {**row, "name": ", ".join(value for kind, value in one.items() if value != usual[kind])}
         for row, one in zip(rows, said, strict=True)
     ]
+
+
+#: Told of every row where rows differ in them.
+_ALWAYS = ("k", "price")
 
 
 def by_config(rows: Iterable[Row]) -> dict[str, list[Row]]:
