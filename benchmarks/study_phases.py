@@ -78,8 +78,8 @@ def _reached(row: Row, watts: Mapping[tuple[str, str], float], batches: Sequence
     config, shape = row["config"], shape_of(row)
     call = Call(batch_size=config["batch_size"], seq_len=config["seq_len"])
     tokens = call.tokens
-    trained = row["tokens_trained"] / config["seq_len"] * config["seq_len"]
-    step_s = None if not row["train_duration_s"] else row["train_duration_s"] * tokens / trained
+    steps = row["tokens_trained"] / (config["batch_size"] * (config["seq_len"] - 1))  # the first token is no target
+    step_s = None if not row["train_duration_s"] else row["train_duration_s"] / steps
     found = [_rates(train_step(shape, call), step_s)]
     found.append(_rates(prefill(shape, call), _seconds(row, watts, "prefill", "prefill_j_per_token", tokens)))
     cached = config["decode_prompt_tokens"] + config["decode_new_tokens"] // 2
