@@ -6,8 +6,9 @@ from moe.callback import BalanceCallback
 from moe.config import MoEGPT2Config
 from moe.metrics import RoutingStats, RoutingSummary, agreement
 from moe.modeling import MoEGPT2LMHeadModel, MoEGPT2Model, MoEGPT2Output
+from moe.registry import ROUTERS
 from moe.regularizers import REGULARIZERS
-from moe.routers import ROUTERS, Router
+from moe.routers import Router
 from moe.routing import Routing, Tokens
 from moe.upcycling import upcycle, upcycle_checkpoint
 

@@ -93,7 +93,7 @@ class MoEGPT2Config(GPT2Config):
 
     def _rules(self) -> list[tuple[str, str, bool]]:
         from moe.regularizers import REGULARIZERS  # these two import nothing of this file
-        from moe.routers import ROUTERS
+        from moe.registry import ROUTERS
 
         widths, layers, regularizers = self.expert_widths, self.moe_layers, self.regularizers or {}
         unknown = sorted(set(regularizers) - set(REGULARIZERS))

@@ -32,7 +32,7 @@ DISPATCHES: dict[str, Dispatch] = {
 
 try:
     from moe import fused
-except ImportError:  # no Triton: PyTorch's own grouped GEMM serves
+except ModuleNotFoundError:  # no Triton: PyTorch's own grouped GEMM serves
     fused = None  # type: ignore[assignment]
 else:
     DISPATCHES["triton"] = fused.fused

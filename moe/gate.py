@@ -15,7 +15,7 @@ try:
     import triton
 
     from moe import gate_kernels
-except ImportError:  # no Triton
+except ModuleNotFoundError:  # no Triton
     gate_kernels = None  # type: ignore[assignment]
 
 MAX_EXPERTS = 64  # of the kernels; beyond that cuBLAS is as good

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 try:
     from moe import decoding
-except ImportError:  # no Triton
+except ModuleNotFoundError:  # no Triton
     decoding = None  # type: ignore[assignment]
 
 TOLERANCE = 0.05  # of a step's logits in 16 bits: rounding gives about 0.01

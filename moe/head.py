@@ -15,7 +15,7 @@ from torch import Tensor
 
 try:
     from moe import head_kernels
-except ImportError:  # no Triton
+except ModuleNotFoundError:  # no Triton
     head_kernels = None  # type: ignore[assignment]
 
 IGNORE = -100

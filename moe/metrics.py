@@ -90,7 +90,6 @@ class RoutingStats:
         if routing.dropped_TK is not None:
             asked_TE = inclusion_TE(routing.expert_TK, routing.kept() | routing.dropped_TK, routing.num_experts)
         n_E = taken_TE.sum(dim=0)
-        width_E = torch.tensor(self.widths, device=n_E.device)
         margin, decided = _margin(routing, asked_TE)
         logits_TE = routing.logits_TE.double() * valid_T[:, None]
         sums = {
@@ -99,7 +98,7 @@ class RoutingStats:
             "asked": asked_TE.sum(),
             "margin": margin,
             "decided": decided,
-            "open": ((n_E > 0) & (width_E > 0)).sum(),
+            "open_E": n_E > 0,
             "logits_E": logits_TE.sum(dim=0),
             "logits_squared": (logits_TE - logits_TE.mean(dim=-1, keepdim=True)).square().sum(),
             "together_EE": taken_TE.double().T @ taken_TE.double(),
@@ -129,7 +128,7 @@ class RoutingStats:
         cv_L = n_LE.std(dim=1, correction=0) / n_LE.mean(dim=1).clamp_min(1e-12)
         effective_L = torch.special.entr(load_LE).sum(dim=1).exp()
         diversity_L = (n_LE > 0).double().mean(dim=1)
-        open_L = sums["open"] / self.batches
+        open_L = sums["open_E"] @ (torch.tensor(self.widths) > 0).double() / self.batches
         margin_L = [float(m / d) if d > 0 else None for m, d in zip(sums["margin"], sums["decided"], strict=True)]
         width_L = n_LE @ torch.tensor(self.widths, dtype=torch.float64) / tokens_L
         variance_L = sums["logits_squared"] / (tokens_L * n_LE.shape[1])

@@ -27,8 +27,9 @@ from moe.experts import Experts
 from moe.generation import GraphedGeneration
 from moe.native_ops import Attention, Dropout, head_loss
 from moe.plain import PlainExperts
+from moe.registry import ROUTERS
 from moe.regularizers import REGULARIZERS, Regularizer, kl_gibbs
-from moe.routers import ROUTERS, Router, initial_buffers
+from moe.routers import Router, initial_buffers
 from moe.routing import Routing, Tokens, count_E
 
 

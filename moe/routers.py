@@ -356,18 +356,3 @@ class HashRouter(_Drawn):
         if tokens.id_T is None:
             raise ValueError("router hash: expected input_ids, got inputs_embeds: it routes by vocabulary entry")
         return self.draw(x_TD, tokens, hash_TE(self.num_experts, self.seed, tokens.id_T))
-
-
-from moe.opening import OpeningRouter, PiggybackRouter  # noqa: E402  # they build on what stands above
-
-ROUTERS: dict[str, type[Router]] = {
-    "topk": TopKRouter,
-    "energy": EnergyRouter,
-    "opening": OpeningRouter,
-    "piggyback": PiggybackRouter,
-    "capacity": CapacityRouter,
-    "topp": TopPRouter,
-    "random": RandomRouter,
-    "permuted": PermutedRouter,
-    "hash": HashRouter,
-}

@@ -22,11 +22,12 @@ from hwcost.ops import STEP_PHASES
 from hwcost.points import Calibration, Point, ProbeSpec, Trace
 from pipelines.calibrate_plan import Plan, full_plan, small_plan
 from pipelines.calibrate_show import table
-from pipelines.calibrate_workers import Ran, Worker, WorkerError
+from pipelines.calibrate_workers import Ran, Worker, WorkerError, lacks_memory
 
 _IDLE = "idle"
 _SECONDS_AROUND = 2.2  # what a point takes beside its window: moving weights, warming up
 _TRACE_STEP_S = 0.3
+_BYTES_OF_A_BUILD = 6 << 30  # a training step of 16 x 1024 tokens while its backward pass compiles
 
 
 class Calibrator:
@@ -39,6 +40,7 @@ class Calibrator:
         self.skipped: list[str] = []
         self._owner: dict[str, Worker] = {}
         self._workers: list[Worker] = []
+        self._again: list[tuple[Worker, ProbeSpec]] = []
         self._about: dict[str, Any] = {}
 
     def run(self) -> Calibration:
@@ -82,7 +84,12 @@ class Calibrator:
         self._prepare(shares)
 
     def _parallel(self, codes: int) -> int:
-        return min(codes, max(2, (os.cpu_count() or 2) // 2) if self.device == "cuda" else 2)
+        """Processes: two cores and room for a training step's activations each."""
+        if self.device != "cuda":
+            return min(codes, 2)
+        sizes = [info.memory_bytes for info in self.monitor.devices if info.memory_bytes is not None]
+        room = [size // _BYTES_OF_A_BUILD for size in sizes]
+        return min(codes, max(2, min([(os.cpu_count() or 2) // 2, *room])))
 
     def _prepare(self, shares: list[list[ProbeSpec]]) -> None:
         """Have every worker build its share; give up on what is not built in time."""
@@ -99,6 +106,7 @@ class Calibrator:
                     if waiting[id(worker)] and worker.has_answer(0.05):
                         progress.advance(task)
                         self._prepared(worker, waiting[id(worker)])
+        self._prepare_again(deadline)
         self._say(f"{len(self._owner)} workloads are ready")
         for worker in list(self._workers):
             late = waiting[id(worker)]
@@ -111,12 +119,32 @@ class Calibrator:
         try:
             worker.answer()
         except WorkerError as error:
+            if lacks_memory(str(error)):
+                self._again.append((worker, spec))
+                return
             self._skip(spec, error)
             if not worker.process.is_alive():
                 self.skipped += [f"{other.name}: its worker is gone" for other in queue]
                 queue.clear()
             return
         self._owner[spec.code or spec.name] = worker
+
+    def _prepare_again(self, deadline: float) -> None:
+        """Build what found no room beside the others, one at a time; its code is on the disk by now."""
+        for worker, spec in self._again:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                self.skipped.append(f"{spec.name}: no room on the device, and no time to build it alone")
+                continue
+            if worker.waiting == 0 and worker.process.is_alive():
+                worker.ask("prepare", spec)
+                try:
+                    worker.answer(left_s)
+                    self._owner[spec.code or spec.name] = worker
+                except WorkerError as error:
+                    self._skip(spec, error)
+                    if worker.waiting:
+                        self._drop(worker)
 
     def _drop(self, worker: Worker) -> None:
         worker.process.kill()

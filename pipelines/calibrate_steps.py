@@ -51,6 +51,29 @@ def gpt2_config(shape: ModelShape, positions: int) -> transformers.GPT2Config:
     )
 
 
+class _Weights:
+    """Lets a model's parameters go while another workload runs, and draws them again: random ones are all alike."""
+
+    def __init__(self, model: Any) -> None:
+        self._params = list(model.parameters())  # each once, tied or not
+        drawn = ((p.detach().mean(), p.detach().std(correction=0)) for p in self._params)
+        self._drawn = [(float(mean), float(std)) for mean, std in drawn]
+        self._sizes = [p.untyped_storage().nbytes() for p in self._params]
+
+    @torch.no_grad()
+    def release(self) -> None:
+        for param in self._params:
+            param.grad = None
+            param.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for param, size, (mean, std) in zip(self._params, self._sizes, self._drawn, strict=True):
+            if param.untyped_storage().nbytes() == 0:
+                param.untyped_storage().resize_(size)
+                param.normal_(mean, std)
+
+
 class TrainStep:
     """Epochs of a trial's own training loop over made-up text; fresh weights of the real shape."""
 
@@ -64,6 +87,7 @@ class TrainStep:
         config = _trial_config(shape, batch, length)
         with torch.device(device):
             self.model: Any = _model(config, gpt2_config(shape, length))
+        self._weights = _Weights(self.model)
         self.trainer = Trainer(self.model.to(device), config, hardware, _text(2 * batch, length, shape.vocab_size))
         self._epoch = 0
         self.run()  # compiles
@@ -79,14 +103,16 @@ class TrainStep:
         return sums.steps
 
     def park(self) -> None:
-        """The weights stay: moving them would cost a second a time, and they are small beside a step's activations."""
+        """Nothing stays on the device but buffers: dozens of parked steps would leave no room for one that compiles."""
         self.trainer.optimizer.state.clear()
         self.trainer.drop_capture()
+        self._weights.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def unpark(self) -> None:
         """The optimizer makes its state anew in the first step; the graph is captured again."""
+        self._weights.restore()
         self.trainer.capture(next(batches(self.trainer.split, self.trainer.config, 0, self.device)))
 
 
@@ -128,6 +154,7 @@ class PrefillStep:
         shape = step_shape(params, {})
         batch, length = int(params["batch_size"]), int(params["seq_len"])
         self.model = _inference_model(shape, batch, length, device)
+        self._weights = _Weights(self.model)
         self.ids_BS = zipf_tokens(batch, length, shape.vocab_size).long().to(device)
         forward = torch.compile(self.model, fullgraph=True) if device.type == "cuda" else self.model
         self._forward: Callable[..., Any] = forward
@@ -142,11 +169,12 @@ class PrefillStep:
         return 1
 
     def park(self) -> None:
+        self._weights.release()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     def unpark(self) -> None:
-        """The weights never left."""
+        self._weights.restore()
 
 
 def _inference_model(shape: ModelShape, batch: int, length: int, device: torch.device) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe import MoEGPT2Config, RoutingStats, RoutingSummary, Tokens
-from moe.routers import ROUTERS
+from moe import ROUTERS
 from pipelines.absorption import absorption, slope
 
 PRICE = [1.0, 0.5, 0.25, 0.0]
