@@ -129,6 +129,7 @@ class Bench:
         """Joules and loss over λ."""
         self.model.set_energy_lambda(0.0)
         stream = self.stream(None)
+        stream.warm_up()
         list(stream.run(3, tell=False))
         self.results.say("warm")
         self.chunk_s = stream.window_s * self.args.batch * stream.blocks_NS.shape[1] / next(
@@ -320,7 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--seconds", type=float, default=240.0, help="what does not fit is left out, the last first")
     parser.add_argument("--train", type=float, default=20.0)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=48, help="chunks that keep the GPU, not the host, busy")
     parser.add_argument("--window", type=float, default=1.05)
     parser.add_argument("--settle", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=5)
@@ -336,7 +337,7 @@ def main() -> None:
     values: dict[str, Any] = {
         "data": args.data, "tokenizer": args.tokenizer, "router": "energy", "top_k": 2, "seq_len": 1024,
         "expert_width_factors": [1, 1, 0.5, 0.5, 0.25, 0.25, 0, 0], "regularizer": "load_balance",
-        "regularizer_weight": 0.01, "learning_rate": 1e-3, "batch_size": args.batch, "dropout": 0.0,
+        "regularizer_weight": 0.01, "learning_rate": 1e-3, "batch_size": 16, "dropout": 0.0,
     }  # fmt: skip
     values |= {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in args.set)}
     config, results = TrialConfig.parse(values), Results(args.out)

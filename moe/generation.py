@@ -80,12 +80,16 @@ def _generate(
 
 def _least_length(processors: Any, prompt: int) -> int | None:
     """Tokens that a sequence must have before it may end, as far as that is all the processors ask; else None."""
-    names = [type(p).__name__ for p in processors]
-    if not names:
-        return 0
-    if names != ["MinNewTokensLengthLogitsProcessor"]:
-        return None
-    return prompt + int(processors[0].min_new_tokens)
+    least = [0]
+    for processor in processors:  # min_new_tokens alone brings both
+        match type(processor).__name__:
+            case "MinLengthLogitsProcessor":
+                least.append(int(processor.min_length))
+            case "MinNewTokensLengthLogitsProcessor":
+                least.append(prompt + int(processor.min_new_tokens))
+            case _:
+                return None
+    return max(least)
 
 
 def _prepared(model: Any, decoder: Any, cache: Any, mask_BS: Tensor, sampled: bool) -> bool:

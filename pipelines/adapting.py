@@ -120,6 +120,19 @@ class Stream:
             block_BS = block_BS.pin_memory()  # a copy from other memory would wait for the chunk in flight
         return block_BS.to(self.device, non_blocking=True).long()
 
+    def warm_up(self) -> None:
+        """Build the code of predicting and learning, and find out what learning costs. Router and λ stay."""
+        state = self.ttt.state()
+        for _ in range(3):
+            took_s = []
+            for work in (lambda: self.ttt.predict(self.chunk()), lambda: self.ttt.ttt_update(update=True)):
+                start_s = time.monotonic()
+                work()
+                self.synchronize()
+                took_s.append(time.monotonic() - start_s)
+            self.ttt.note_cost(took_s[1] / took_s[0])
+        self.ttt.restore(state)
+
     def run(self, windows: int, *, tell: bool = True) -> Iterator[Window]:
         """So many windows, each yielded once its joules are known, which is a moment into the next one.
 
@@ -228,6 +241,7 @@ def measure_reach(stream: Stream, lambdas: Sequence[float], *, windows: int = 2)
     """
     model = stream.ttt.model
     before, found, energies = float(model.config.energy_lambda), [], []
+    stream.warm_up()
     try:
         for energy_lambda in lambdas:
             model.set_energy_lambda(energy_lambda)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe import MoEGPT2Config, RoutingStats, RoutingSummary, Tokens
-from moe import ROUTERS
+from moe import ROUTERS, MoEGPT2Config, RoutingStats, RoutingSummary, Tokens
 from pipelines.absorption import absorption, slope
 
 PRICE = [1.0, 0.5, 0.25, 0.0]
