@@ -48,6 +48,22 @@ class Gemm:
         self.b = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
         self.c = torch.empty_like(self.a)
         self.count = 0
+        self._each_s: float | None = None
+
+    def ahead(self, seconds: float) -> None:
+        """Leave about so much work in the queue, and do not wait for it."""
+        for _ in range(max(1, round(seconds / self.each_s()))):
+            self.torch.matmul(self.a, self.b, out=self.c)
+            self.count += 1
+
+    def each_s(self) -> float:
+        """Seconds of one product under load."""
+        if self._each_s is None:
+            before = self.count
+            start_s = time.monotonic()
+            self.run(0.3)
+            self._each_s = (time.monotonic() - start_s) / (self.count - before)
+        return self._each_s
 
     def run(self, seconds: float) -> None:
         """Keep the GPU busy until `seconds` from now; returns with an empty queue."""
@@ -241,15 +257,16 @@ def _steady(gemm: Gemm, counter: Counter, monitor: Any, zeus: Zeus | None) -> di
 
 
 def _sum(gemm: Gemm, counter: Counter, monitor: Any) -> dict[str, Any]:
-    """1 s windows that touch: their sum against the counter over the whole, read at its own steps."""
-    gemm.run(0.1)
+    """1 s windows that touch: their sum against the counter over the whole, read at its own steps while work is queued
+    (an idle wait for a step would be charged at the load's watts)."""
+    gemm.ahead(0.15)
     t_start, j_start = counter.at_step()
     windows = []
     for _ in range(8):
         with monitor.window("sum") as window:
             gemm.run(1.0)
         windows.append(window)
-    gemm.run(0.05)
+    gemm.ahead(0.15)
     t_end, j_end = counter.at_step()
     total = sum(w.measurement.energy_j for w in windows)
     outside_s = (t_end - t_start) - (windows[-1].end_s - windows[0].start_s)

@@ -51,7 +51,12 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self.mirror.post(
             self.tracker.start_sweep, self.plan.sweep_id, self.plan.space, question=self.plan.question, params=rules
         )
-        self.progress = Progress(self.plan.trials, expected=self.plan.samples if self.plan.is_adaptive else None)
+        ended = recover.rows_of(self.store, self.plan.sweep_id)
+        self.progress = Progress(
+            self.plan.trials,
+            expected=self.plan.samples if self.plan.is_adaptive else None,
+            earlier=[trial_id for trial_id, row in ended.items() if recover.is_final(row)],
+        )
         self.epochs: dict[str, list[EpochRecord]] = {}
         self.heard_s: dict[str, float] = {}
         self.hung: set[str] = set()

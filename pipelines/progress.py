@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -44,20 +44,28 @@ class Progress:
     """Prints lines; knows how much of the sweep is done."""
 
     def __init__(
-        self, trials: Sequence[TrialConfig], console: Console | None = None, *, expected: int | None = None
+        self,
+        trials: Sequence[TrialConfig],
+        console: Console | None = None,
+        *,
+        expected: int | None = None,
+        earlier: Collection[str] = (),
     ) -> None:
         self.console = console or Console(highlight=False)
         self.trials = {trial.trial_id: trial for trial in trials}
         self.expected = expected  # trials in all, where they are not known beforehand
-        self.finished_trials = 0
+        self.earlier = set(earlier)  # trials that an earlier session ended: counted, but none of this one's time
+        self.finished_trials = len(self.earlier)
         self.done: dict[str, int] = {}
         self.start_s = time.monotonic()
 
     @property
     def total(self) -> float:
         """Epochs in all. Beside its epochs a trial is set up and evaluated: one more epoch for that."""
-        known = sum(trial.epochs + 1 for trial in self.trials.values())
-        return known if not self.expected or not self.trials else known * max(1.0, self.expected / len(self.trials))
+        mine = [trial.epochs + 1 for trial_id, trial in self.trials.items() if trial_id not in self.earlier]
+        if not self.expected or not mine:
+            return sum(mine)
+        return sum(mine) * max(1.0, (self.expected - len(self.earlier)) / len(mine))
 
     def started(self, trial_id: str, values: Mapping[str, Any] | None = None) -> None:
         """A trial got its actor; an adaptive search names its configuration here."""
