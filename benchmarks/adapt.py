@@ -35,6 +35,7 @@ from trained import Results, Tenant, elapsed_s, halves, interval, trained
 from hwcost import CostModel, EnergyMonitor
 from hwcost.ops import ModelShape
 from moe import BudgetController, EnergyAwareTTTRouter, HardwareFeedback, PriceLearner, Reach, TTTSettings
+from moe.captured import CapturedForward
 from pipelines.adapting import Stream, Window, dithered, measure_reach, price_learner
 from pipelines.config import TrialConfig
 from pipelines.data import TokenSplit, load_corpus
@@ -80,7 +81,8 @@ class Bench:
         self.device = next(model.parameters()).device
         self.pool_NS, self.blocks_NS = text.blocks_NS[::10], text.blocks_NS[torch.arange(len(text.blocks_NS)) % 10 > 0]
         self.domain_N = text.domain_N[torch.arange(len(text.blocks_NS)) % 10 > 0]
-        self.forward = Tenant(compiled_forward(model) if hardware.compile else model, self.device)
+        own = CapturedForward(model, compiled_forward(model)) if hardware.compile else model
+        self.forward = Tenant(own, self.device)
         config = model.config
         self.shape = ModelShape(
             d_model=config.n_embd, num_layers=config.n_layer, num_heads=config.n_head, vocab_size=config.vocab_size,

@@ -13,6 +13,7 @@ import torch
 
 from hwcost import CostModel, EnergyMonitor
 from moe import BudgetController, EnergyAwareTTTRouter, Reach, TTTSettings
+from moe.captured import CapturedForward
 from pipelines.adapting import Stream, Window, dithered, measure_reach, price_learner, thermal_guard
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError, TrialConfig
@@ -68,7 +69,9 @@ class Adaptation:
         set_prices(loaded.model, loaded.prices["prefill"])
         if loaded.hardware.dtype == "bf16":  # nothing is trained but biases, which stay float32
             loaded.model.to(torch.bfloat16)
-        self.forward = compiled_forward(loaded.model) if loaded.hardware.compile else None
+        self.forward = None
+        if loaded.hardware.compile:
+            self.forward = CapturedForward(loaded.model, compiled_forward(loaded.model))
         self.cost_model = CostModel.for_device(loaded.hardware.gpu_name, loaded.hardware.power_limit_w)
         self.shape = model_shape(loaded.model.config, loaded.hardware)
 
