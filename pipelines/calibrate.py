@@ -27,6 +27,8 @@ from pipelines.calibrate_workers import Ran, Worker, WorkerError, lacks_memory
 _IDLE = "idle"
 _SECONDS_AROUND = 2.2  # what a point takes beside its window: moving weights, warming up
 _TRACE_STEP_S = 0.3
+_REBUILD_S = 20.0  # what that takes
+_REBUILD_SHARE = 4  # of the workers may still be building then: one in so many
 _BYTES_OF_A_BUILD = 6 << 30  # a training step of 16 x 1024 tokens while its backward pass compiles
 
 
@@ -41,6 +43,8 @@ class Calibrator:
         self._owner: dict[str, Worker] = {}
         self._workers: list[Worker] = []
         self._again: list[tuple[Worker, ProbeSpec]] = []
+        self._tried: set[str] = set()  # built a second time, or about to be
+        self.grace_s = plan.prepare_s / 6
         self._about: dict[str, Any] = {}
 
     def run(self) -> Calibration:
@@ -101,13 +105,18 @@ class Calibrator:
         total = sum(map(len, shares))
         with self._progress() as progress:
             task = progress.add_task("compile", total=total)
-            while any(waiting.values()) and time.monotonic() < deadline:
+            while (any(waiting.values()) or self._worth_it(deadline)) and time.monotonic() < deadline:
+                self._ask_again(waiting, deadline)
                 for worker in self._workers:
                     if waiting[id(worker)] and worker.has_answer(0.05):
                         progress.advance(task)
                         self._prepared(worker, waiting[id(worker)])
-        self._prepare_again(deadline)
+                if time.monotonic() >= deadline - 1 and any(
+                    waiting[id(worker)] for worker in set(self._owner.values())
+                ):
+                    deadline, self.grace_s = deadline + self.grace_s, 0.0  # what they have built would go with them
         self._say(f"{len(self._owner)} workloads are ready")
+        self.skipped += [f"{spec.name}: no room on the device beside the others" for _, spec in self._again]
         for worker in list(self._workers):
             late = waiting[id(worker)]
             self.skipped += [f"{spec.name}: not compiled in {self.plan.prepare_s:.0f} s" for spec in late]
@@ -119,7 +128,8 @@ class Calibrator:
         try:
             worker.answer()
         except WorkerError as error:
-            if lacks_memory(str(error)):
+            if lacks_memory(str(error)) and spec.name not in self._tried:
+                self._tried.add(spec.name)
                 self._again.append((worker, spec))
                 return
             self._skip(spec, error)
@@ -129,22 +139,21 @@ class Calibrator:
             return
         self._owner[spec.code or spec.name] = worker
 
-    def _prepare_again(self, deadline: float) -> None:
-        """Build what found no room beside the others, one at a time; its code is on the disk by now."""
+    def _worth_it(self, deadline: float) -> bool:
+        """Whether something is to be built once more, and there is time for it."""
+        return bool(self._again) and deadline - time.monotonic() > _REBUILD_S
+
+    def _ask_again(self, waiting: dict[int, list[ProbeSpec]], deadline: float) -> None:
+        """Build what found no room beside the others once more, as they end; its code is on the disk by now."""
+        left = []
         for worker, spec in self._again:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                self.skipped.append(f"{spec.name}: no room on the device, and no time to build it alone")
-                continue
-            if worker.waiting == 0 and worker.process.is_alive():
+            busy = sum(1 for queue in waiting.values() if queue)
+            if self._worth_it(deadline) and not waiting[id(worker)] and busy <= len(self._workers) // _REBUILD_SHARE:
                 worker.ask("prepare", spec)
-                try:
-                    worker.answer(left_s)
-                    self._owner[spec.code or spec.name] = worker
-                except WorkerError as error:
-                    self._skip(spec, error)
-                    if worker.waiting:
-                        self._drop(worker)
+                waiting[id(worker)].append(spec)
+            else:
+                left.append((worker, spec))
+        self._again = left
 
     def _drop(self, worker: Worker) -> None:
         worker.process.kill()

@@ -128,6 +128,7 @@ def _prefill_specs() -> list[ProbeSpec]:
 # Experts, K, batch. The held-out shapes lie between and beside the fitted ones; extra ones come if time is left.
 _FITTED = ((4, 1, 4), (4, 1, 16), (4, 2, 8), (4, 4, 32), (8, 1, 8), (8, 1, 32), (8, 2, 4), (8, 2, 16), (8, 4, 4),
            (8, 4, 16), (16, 1, 16), (16, 2, 4), (16, 2, 32), (16, 4, 8))  # fmt: skip
+_CARRYING = {(4, 1, 4), (4, 4, 32), (8, 4, 16), (16, 1, 16), (16, 2, 32)}  # the ends of the range: longer windows
 _HELD_OUT = ((4, 2, 32), (4, 4, 8), (8, 1, 4), (8, 2, 8), (8, 2, 32), (8, 1, 16), (16, 1, 4), (16, 4, 16), (16, 2, 8))
 _EXTRA = ((4, 1, 8), (4, 2, 16), (16, 4, 4), (16, 1, 32))
 _HALVES = (1536,) * 8
@@ -135,7 +136,7 @@ _MIXED = (3072, 3072, 1536, 1536, 1536, 768, 768, 768)
 
 
 def _train_specs() -> list[ProbeSpec]:
-    fitted = [_train(e, k, b, window_s=3.5) for e, k, b in _FITTED]
+    fitted = [_train(e, k, b, window_s=10.0 if (e, k, b) in _CARRYING else 3.5) for e, k, b in _FITTED]
     fitted += [_train(8, 2, 32, seq_len=256)]
     held = [_train(e, k, b, held_out=True) for e, k, b in _HELD_OUT]
     widths = [_train(8, 2, 16, widths=_HALVES, held_out=True), _train(8, 1, 8, widths=_HALVES, held_out=True)]

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import types
+from typing import ClassVar
 
 import pytest
 import torch
@@ -73,9 +74,11 @@ def test_points_are_taken_in_random_order_within_a_tier():
 
 
 class FakeWorker:
-    """Answers at once; refuses what is in `broken`, and `slow` kinds never get ready."""
+    """Answers at once; refuses what is in `broken`, finds no room for `large` the first so many times, and `slow` kinds
+    never get ready."""
 
     broken: tuple[str, ...] = ()
+    large: ClassVar[dict[str, int]] = {}
     slow: tuple[str, ...] = ()
 
     def __init__(self, device, *, threads):
@@ -90,6 +93,12 @@ class FakeWorker:
         )
         bad = name == "prepare" and spec.name in self.broken
         self.answers.append(("error", "Traceback\nRuntimeError: no such kernel") if bad else ("ok", value))
+        if name == "prepare" and self.large.get(spec.name, 0) > 0:
+            self.large[spec.name] -= 1
+            self.answers[-1] = (
+                "error",
+                "Traceback\nRuntimeError: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+            )
         if name == "prepare" and spec.name in self.slow:
             self.answers.pop()
 
@@ -141,6 +150,7 @@ def workers(monkeypatch):
     monkeypatch.setattr(calibrate.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(FakeWorker, "broken", ())
     monkeypatch.setattr(FakeWorker, "slow", ())
+    monkeypatch.setattr(FakeWorker, "large", {})
     return FakeWorker
 
 
@@ -164,6 +174,15 @@ def test_what_cannot_be_built_or_measured_is_left_out_with_a_reason(workers, mon
     assert f"{train[0]}: RuntimeError: no such kernel" in measured.skipped
     assert f"{train[1]}: no joules (frozen_counter)" in measured.skipped
     assert len(measured.points) == len(plan.all_specs)  # two lost, two idle windows
+
+
+def test_what_finds_no_room_is_built_once_more_when_the_others_are_done(workers, monkeypatch):
+    plan = calibrate_plan.small_plan()
+    train = [spec.name for spec in plan.specs if spec.kind == "train_step"]
+    monkeypatch.setattr(workers, "large", {train[0]: 1, train[1]: 2})
+    measured = calibrator(plan).run()
+    assert train[0] in {p.name for p in measured.points}
+    assert [reason.split(":")[0] for reason in measured.skipped if "ALLOC_FAILED" in reason] == [train[1]]
 
 
 def test_code_that_is_not_ready_in_time_is_left_out(workers, monkeypatch):
