@@ -97,7 +97,7 @@ class FakeWorker:
             self.large[spec.name] -= 1
             self.answers[-1] = (
                 "error",
-                "Traceback\nRuntimeError: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+                "Traceback\nRuntimeError: CUBLAS_STATUS_ALLOC_FAILED in cublasCreate",
             )
         if name == "prepare" and spec.name in self.slow:
             self.answers.pop()
