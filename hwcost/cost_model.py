@@ -18,6 +18,7 @@ from hwcost.prices import ExpertPrices, expert_prices
 from hwcost.profiles import Profile, load_profile, select_profile
 
 _CAUSES = (COMPUTE, MEMORY, ("launches",))
+_ROUNDING_C = 1e-9
 
 
 class CalibrationRangeError(ValueError):
@@ -255,15 +256,25 @@ class CostModel:
     ) -> int:
         """The largest batch that keeps the GPU `margin_c` below its slowdown threshold; 0 where none does.
 
-        Both the steady temperature T_inlet + R_th·P̄ and the temperature one time constant from now,
-        starting at `current_temp`, must stay below; power is taken at the limit, where leakage is highest.
+        A batch is judged by the temperature that it settles at, T_inlet + R_th·P̄, with power taken at the limit, where
+        leakage is highest. A board that is hotter now than the model's hottest load would make it has warmer air than
+        the model's: its inlet is taken to be warmer by that excess. A board above the limit gets no batch at all. A
+        hotter reading never gives a larger batch.
         """
-        thermal = self.profile.thermal
+        thermal, shape = self.profile.thermal, shape or ModelShape()
         limit_c = thermal.slowdown_c - margin_c
+        if current_temp > limit_c:
+            return 0
+
+        def power_w(batch: int) -> float:
+            return self._power_at(op_type, batch, seq_len, shape, limit_c)
+
+        cap_w = self.profile.cap_w or self.profile.power_limit_w
+        hottest_w = cap_w or max(map(power_w, range(1, max_batch + 1)), default=0.0)
+        excess_c = max(0.0, current_temp - thermal.steady_c(hottest_w))
         for batch in range(max_batch, 0, -1):
-            power_w = self._power_at(op_type, batch, seq_len, shape or ModelShape(), limit_c)
-            soon_c = thermal.after_c(current_temp, power_w, thermal.time_constant_s)
-            if max(thermal.steady_c(power_w), soon_c) <= limit_c:
+            # Not more than the cap: rounding must not take a batch from a board that stands at the limit.
+            if thermal.steady_c(min(power_w(batch), hottest_w)) + excess_c <= limit_c + _ROUNDING_C:
                 return batch
         return 0
 
