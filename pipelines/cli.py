@@ -191,7 +191,8 @@ def space(
     if loaded.fixed.get("device") == "cpu" or loaded.name == "quickstart":
         return
     examples = plan.trials or plan.examples()
-    found = estimate(examples, gpu_name=gpu or _gpu_here(), epoch_tokens=epoch_tokens)
+    name, limit_w = (gpu, None) if gpu else _gpu_here()
+    found = estimate(examples, gpu_name=name, power_limit_w=limit_w, epoch_tokens=epoch_tokens)
     share = (count or 1) / len(examples)
     basis = f"profile {found.profile}" + (", analytic: nothing was calibrated for it" if found.analytic else "")
     console.print(
@@ -203,10 +204,13 @@ def space(
     )
 
 
-def _gpu_here() -> str | None:
+def _gpu_here() -> tuple[str | None, float | None]:
+    """Name and enforced power limit of this host's first GPU; None where there is none, or its limit is not told."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    from hwcost.devices import power_limit_w
+
+    return (torch.cuda.get_device_name(0), power_limit_w("cuda:0")) if torch.cuda.is_available() else (None, None)
 
 
 @app.command()
