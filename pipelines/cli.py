@@ -11,6 +11,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from hwcost.cpu import SettingError
 from pipelines import cli_analysis, cli_models
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from tune_spaces import Space, SpaceError, find_space, load_space
@@ -194,7 +195,8 @@ def space(
     name, limit_w = (gpu, None) if gpu else _gpu_here()
     found = estimate(examples, gpu_name=name, power_limit_w=limit_w, epoch_tokens=epoch_tokens)
     share = (count or 1) / len(examples)
-    basis = f"profile {found.profile}" + (", analytic: nothing was calibrated for it" if found.analytic else "")
+    unknown = "nothing was calibrated for this GPU" if name else "none for this host, which has no GPU"
+    basis = f"profile {found.profile}" + (f": {unknown}" if found.analytic else "")
     console.print(
         f"Training, modelled ({basis}): {found.energy_j * share / 3.6e6:.3g} kWh, "
         f"{clock(found.duration_s * share)} on one GPU. On top: {clock(found.phases_s * share)} to measure prefill and "
@@ -304,7 +306,7 @@ def main() -> None:
     """Entry point: a setting that cannot be ends in one line and exit code 2, a disk that is full in exit code 1."""
     try:
         app()
-    except (ConfigError, SpaceError) as error:
+    except (ConfigError, SettingError, SpaceError) as error:
         print(f"joulemoe: {error}", file=sys.stderr)
         sys.exit(2)
     except StorageError as error:
