@@ -19,7 +19,6 @@ from hwcost.profiles import Profile, load_profile, select_profile
 from hwcost.reach import outside
 
 _CAUSES = (COMPUTE, MEMORY, ("launches",))
-_ROUNDING_C = 1e-9
 
 
 class CalibrationRangeError(ValueError):
@@ -256,24 +255,17 @@ class CostModel:
         """The largest batch that keeps the GPU `margin_c` below its slowdown threshold; 0 where none does.
 
         A batch is judged by the temperature that it settles at, T_inlet + R_th·P̄, with power taken at the limit, where
-        leakage is highest. A board that is hotter now than the model's hottest load would make it has warmer air than
-        the model's: its inlet is taken to be warmer by that excess. A board above the limit gets no batch at all. A
-        hotter reading never gives a larger batch.
+        leakage is highest. A board that is hotter now than the hottest load of the model would make it has air that
+        is warmer by the excess, so that its hottest load settles where it stands: at or below the limit that is safe.
+        A board above the limit gets no batch at all, whatever the model thinks. A hotter reading never gives a larger
+        batch.
         """
         thermal, shape = self.profile.thermal, shape or ModelShape()
         limit_c = thermal.slowdown_c - margin_c
         if current_temp > limit_c:
             return 0
-
-        def power_w(batch: int) -> float:
-            return self._power_at(op_type, batch, seq_len, shape, limit_c)
-
-        cap_w = self.profile.cap_w or self.profile.power_limit_w
-        hottest_w = cap_w or max(map(power_w, range(1, max_batch + 1)), default=0.0)
-        excess_c = max(0.0, current_temp - thermal.steady_c(hottest_w))
         for batch in range(max_batch, 0, -1):
-            # Not more than the cap: rounding must not take a batch from a board that stands at the limit.
-            if thermal.steady_c(min(power_w(batch), hottest_w)) + excess_c <= limit_c + _ROUNDING_C:
+            if thermal.steady_c(self._power_at(op_type, batch, seq_len, shape, limit_c)) <= limit_c:
                 return batch
         return 0
 

@@ -347,8 +347,8 @@ def test_a_shipped_profile_hears_a_hot_board(device, op):
 
 
 @pytest.mark.parametrize("device", SHIPPED, ids=["H100", "H200"])
-def test_a_board_that_is_hotter_than_its_load_explains_has_warmer_air(device):
-    """At 80 °C under at most its cap, the fan has failed or the room is hot: every load is taken to be hotter too."""
+def test_where_full_load_settles_above_the_limit_batches_shrink_before_the_board_is_hot(device):
+    """The steady temperature counts while the board is still cool; once it is above the limit nothing is safe."""
     model = CostModel.for_device(*device)
     thermal = model.profile.thermal
     hottest_c = thermal.steady_c(model.profile.cap_w)
@@ -358,5 +358,5 @@ def test_a_board_that_is_hotter_than_its_load_explains_has_warmer_air(device):
     def safe(temperature_c):
         return tight.get_thermal_safe_batch_size("decode_step", temperature_c, seq_len=256, max_batch=256)
 
-    assert 0 < safe(hottest_c - 20.0) == safe(hottest_c - 1.0)
+    assert 0 < safe(hottest_c - 20.0) == safe(hottest_c - 1.5)
     assert safe(hottest_c) == 0
