@@ -16,6 +16,7 @@ from hwcost.ops import COMPUTE, COUNTERS, MEMORY, OPS, STEP_PHASES, Call, Counts
 from hwcost.points import Calibration
 from hwcost.prices import ExpertPrices, expert_prices
 from hwcost.profiles import Profile, load_profile, select_profile
+from hwcost.reach import outside
 
 _CAUSES = (COMPUTE, MEMORY, ("launches",))
 
@@ -158,7 +159,7 @@ class CostModel:
             current_temp=current_temp, memory_pressure=memory_pressure, duration_s=duration_s, extrapolate=extrapolate
         )
         call = _call(op_type, batch_size, seq_len, phase)
-        terms = self.breakdown_of(self._counts(op_type, shape, call), conditions, self._flags(shape, call, extrapolate))
+        terms = self.breakdown_of(self._counts(op_type, shape, call), conditions, self._flags(shape, call, conditions))
         per_token = terms.energy_j / call.tokens
         return Cost(
             energy_j=terms.energy_j,
@@ -182,9 +183,7 @@ class CostModel:
         """The terms of `get_cost` (compute, memory, launch, static, thermal); they sum to it. Raises as it does."""
         shape, conditions = shape or ModelShape(), conditions or Conditions()
         call = _call(op_type, batch_size, seq_len, phase)
-        return self.breakdown_of(
-            self._counts(op_type, shape, call), conditions, self._flags(shape, call, conditions.extrapolate)
-        )
+        return self.breakdown_of(self._counts(op_type, shape, call), conditions, self._flags(shape, call, conditions))
 
     def _counts(self, op_type: str, shape: ModelShape, call: Call) -> Counts:
         return counts_of(op_type, shape, call, graphed_batch=self.profile.decode_graph_batch)
@@ -255,15 +254,18 @@ class CostModel:
     ) -> int:
         """The largest batch that keeps the GPU `margin_c` below its slowdown threshold; 0 where none does.
 
-        Both the steady temperature T_inlet + R_th·P̄ and the temperature one time constant from now,
-        starting at `current_temp`, must stay below; power is taken at the limit, where leakage is highest.
+        A batch is judged by the temperature that it settles at, T_inlet + R_th·P̄, with power taken at the limit, where
+        leakage is highest. A board that is hotter now than the hottest load of the model would make it has air that
+        is warmer by the excess, so that its hottest load settles where it stands: at or below the limit that is safe.
+        A board above the limit gets no batch at all, whatever the model thinks. A hotter reading never gives a larger
+        batch.
         """
-        thermal = self.profile.thermal
+        thermal, shape = self.profile.thermal, shape or ModelShape()
         limit_c = thermal.slowdown_c - margin_c
+        if current_temp > limit_c:
+            return 0
         for batch in range(max_batch, 0, -1):
-            power_w = self._power_at(op_type, batch, seq_len, shape or ModelShape(), limit_c)
-            soon_c = thermal.after_c(current_temp, power_w, thermal.time_constant_s)
-            if max(thermal.steady_c(power_w), soon_c) <= limit_c:
+            if thermal.steady_c(self._power_at(op_type, batch, seq_len, shape, limit_c)) <= limit_c:
                 return batch
         return 0
 
@@ -303,15 +305,15 @@ class CostModel:
             )
         return pressure.retry_s * (memory_pressure - pressure.onset) / (pressure.refuse - pressure.onset)
 
-    def _flags(self, shape: ModelShape, call: Call, extrapolate: bool) -> tuple[str, ...]:
+    def _flags(self, shape: ModelShape, call: Call, conditions: Conditions) -> tuple[str, ...]:
         if self.analytic:
             return ("analytic",)
-        outside = _outside(shape, call, self.profile.ranges)
-        if outside and not extrapolate:
+        beyond = outside(shape, call, conditions.current_temp, self.profile)
+        if beyond and not conditions.extrapolate:
             raise CalibrationRangeError(
-                f"{call.phase}: {outside[0]}, the calibrated range; pass extrapolate=True to go beyond it"
+                f"{call.phase}: {beyond[0]}, the calibrated range; pass extrapolate=True to go beyond it"
             )
-        return tuple(f"extrapolated: {each}" for each in outside)
+        return tuple(f"extrapolated: {each}" for each in beyond)
 
 
 def _call(op_type: str, batch_size: float, seq_len: float, phase: str) -> Call:
@@ -322,25 +324,3 @@ def _call(op_type: str, batch_size: float, seq_len: float, phase: str) -> Call:
 
 def _weighted(counts: Counts, per_unit: Mapping[str, float], names: Sequence[str]) -> float:
     return sum(getattr(counts, name) * per_unit[name] for name in names)
-
-
-def _outside(shape: ModelShape, call: Call, ranges: Mapping[str, Mapping[str, tuple[float, float]]]) -> list[str]:
-    """What lies outside the calibrated ranges, in words; a phase without ranges was not calibrated at all."""
-    if call.phase not in ranges:
-        return [f"{call.phase} was not calibrated"]
-    values = {
-        "batch_size": call.batch_size,
-        "seq_len": call.seq_len,
-        "d_model": shape.d_model,
-        "num_layers": shape.num_layers,
-        "num_experts": shape.num_experts,
-        "mean_width": shape.mean_width,
-        "top_k": shape.top_k,
-    }
-    if not shape.expert_widths:
-        del values["top_k"], values["mean_width"]
-    return [
-        f"{name} {values[name]:g} outside {low:g}..{high:g}"
-        for name, (low, high) in ranges[call.phase].items()
-        if name in values and not low <= values[name] <= high
-    ]

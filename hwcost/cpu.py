@@ -14,11 +14,15 @@ WATTS_PER_CORE = 6.0
 server parts lies between 4 and 8 W (280 W / 64, 350 W / 56). An assumption, not a measurement."""
 
 
+class SettingError(ValueError):
+    """An environment variable that cannot be what it says."""
+
+
 def watts_per_core() -> float:
     """The stated watts of one busy core.
 
     Raises:
-        ValueError: `JOULEMOE_WATTS_PER_CORE` is not a positive number.
+        SettingError: `JOULEMOE_WATTS_PER_CORE` is not a positive number.
     """
     text = os.environ.get("JOULEMOE_WATTS_PER_CORE")
     if text is None:
@@ -28,7 +32,7 @@ def watts_per_core() -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < 1000:
-        raise ValueError(f"JOULEMOE_WATTS_PER_CORE: expected watts of one core, between 0 and 1000; got {text!r}")
+        raise SettingError(f"JOULEMOE_WATTS_PER_CORE: expected watts of one core, between 0 and 1000; got {text!r}")
     return value
 
 

@@ -156,6 +156,12 @@ def find_readers(*, torch_device: object = None, allow_cpu: bool = True, cpu_par
     return Found(readers=(), flags=(*flags, "no_device"))
 
 
+def power_limit_w(torch_device: object = "cuda:0") -> float | None:
+    """Enforced power limit of a GPU that this process was given; None where it cannot be read."""
+    readers = find_readers(torch_device=torch_device, allow_cpu=False).readers
+    return readers[0].info.power_limit_w if readers else None
+
+
 def _find_gpus(wanted: str | None) -> Found:
     nvml = Nvml()
     given = assigned(nvml)

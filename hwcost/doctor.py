@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import statistics
 import time
@@ -25,6 +26,10 @@ REASONS = {
     "rapl": "no GPU was given to this process; the CPU package counters can be read (one trial at a time)",
     "modelled": "no GPU was given to this process and no CPU counter can be read: CPU time times stated watts",
 }
+_BESIDE = (
+    "no GPU was given to this process, and the CPU package counters serve one trial at a time, but a sweep runs {slots}"
+    " here: CPU time times stated watts (`--parallel 1` reads the counters)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +43,8 @@ class DeviceReport:
     idle_w: float | None = None
     context: bool | None = None
     others: int | None = None
-    profile: str | None = None
-    profile_analytic: bool | None = None
+    profile: str = "analytic"
+    profile_analytic: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,15 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def examine(*, seconds: float = 3.0) -> Report:
+def examine(*, seconds: float = 3.0, slots: int | None = None) -> Report:
     """Probe every GPU of this host for `seconds` in total (at least 1 s each); measures nothing else and changes
     nothing.
+
+    Args:
+        slots: trials that a sweep runs at once on this host's CPU; None: one per core, as it does unless told.
+
+    Raises:
+        SettingError: an environment variable that cannot be what it says.
     """
     problems = ["the deprecated distribution `pynvml` is installed"] if deprecated_namesake() else []
     gpus: tuple[DeviceReport, ...] = ()
@@ -79,13 +90,14 @@ def examine(*, seconds: float = 3.0) -> Report:
         gpus = tuple(_examine_gpu(nvml, uuid, uuid in given.uuids, each, problems) for uuid in uuids)
     except (SourceUnavailableError, ReadError) as error:
         problems.append(str(error))
-    source, reason = _choose(gpus)
+    zones = tuple(zone.name for zone in find_zones())
+    source, reason = _choose(gpus, zones, slots or os.cpu_count() or 1)
     return Report(
         source=source,
         reason=reason,
         assigned_by=origin,
         gpus=gpus,
-        rapl=tuple(zone.name for zone in find_zones()),
+        rapl=zones,
         watts_per_core=CpuTimeReader().watts_per_core,
         driver_version=driver,
         problems=tuple(problems),
@@ -93,7 +105,7 @@ def examine(*, seconds: float = 3.0) -> Report:
     )
 
 
-def _choose(gpus: tuple[DeviceReport, ...]) -> tuple[str | None, str]:
+def _choose(gpus: tuple[DeviceReport, ...], zones: tuple[str, ...], slots: int) -> tuple[str | None, str]:
     """The energy source that a sweep would use here, and why."""
     given = [gpu for gpu in gpus if gpu.assigned]
     if given:
@@ -101,10 +113,13 @@ def _choose(gpus: tuple[DeviceReport, ...]) -> tuple[str | None, str]:
             if all(_readable(gpu, field) for gpu in given):
                 return source, REASONS[source]
         return None, "neither energy nor power of the GPU can be read"
-    readers = find_readers().readers
+    readers = find_readers(cpu_parallel=slots).readers
     if not readers:
         return None, "a GPU is here but NVML cannot be used"
-    return readers[0].source, REASONS[readers[0].source]
+    source = readers[0].source
+    if source == "modelled" and slots > 1 and any(name.startswith("package") for name in zones):
+        return source, _BESIDE.format(slots=slots)
+    return source, REASONS[source]
 
 
 def _readable(gpu: DeviceReport, field: str) -> bool:
@@ -116,7 +131,8 @@ def _examine_gpu(nvml: Nvml, uuid: str, given: bool, seconds: float, problems: l
         reader = nvml.open(uuid)
     except ReadError as error:
         problems.append(f"{uuid}: {error}")
-        return DeviceReport(info=DeviceInfo(device_id=uuid, kind="gpu", uuid=uuid), assigned=given, fields=())
+        unnamed = DeviceInfo(device_id=uuid, kind="gpu", uuid=uuid)
+        return DeviceReport(info=unnamed, assigned=given, fields=())
     fields = probe_fields(reader, seconds=seconds)
     seen = _occupancy(reader)
     power_w, busy = _mean_power(reader)  # last, so that the GPU has had time to calm down
@@ -170,7 +186,7 @@ def render(report: Report) -> str:
     for gpu in report.gpus:
         lines += ["", *_render_gpu(gpu)]
     if not report.gpus:
-        lines += ["", "No NVIDIA GPU can be read."]
+        lines += ["", "No NVIDIA GPU can be read.", "  profile analytic (none for this host)"]
     zones = ", ".join(report.rapl) or "not readable"
     lines += ["", f"CPU counters (RAPL): {zones}; modelled otherwise with {report.watts_per_core:g} W per busy core"]
     if report.driver_version:
@@ -184,7 +200,8 @@ def _render_gpu(gpu: DeviceReport) -> list[str]:
     info = gpu.info
     owner = "given to this process" if gpu.assigned else "not given to this process"
     limit = "unknown power limit" if info.power_limit_w is None else f"limit {info.power_limit_w:.0f} W"
-    lines = [f"GPU {info.index}  {info.name}  {info.uuid}  ({owner}; {limit})"]
+    index = "?" if info.index is None else info.index
+    lines = [f"GPU {index}  {info.name or 'of unknown name'}  {info.uuid}  ({owner}; {limit})"]
     for field in gpu.fields:
         if field.reason is not None:
             lines.append(f"  {field.field:18} not readable: {field.reason}")
@@ -199,8 +216,13 @@ def _render_gpu(gpu: DeviceReport) -> list[str]:
     if gpu.others is not None:
         plural = "" if gpu.others == 1 else "es"
         lines.append(f"  used by {gpu.others} other process{plural}" if gpu.others else "  nobody else uses it")
-    kind = "an analytic guess: run `joulemoe calibrate`" if gpu.profile_analytic else "calibrated"
-    return [*lines, f"  profile {gpu.profile} ({kind})"]
+    return [*lines, f"  profile {gpu.profile} ({_kind(gpu)})"]
+
+
+def _kind(gpu: DeviceReport) -> str:
+    if gpu.info.name is None:
+        return "none for this host: the GPU does not tell its name"
+    return "an analytic guess: run `joulemoe calibrate`" if gpu.profile_analytic else "calibrated"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from scipy.optimize import nnls
 from hwcost.ops import COUNTERS
 from hwcost.points import NOT_FITTED, Calibration, Point, step_call, step_shape
 from hwcost.profiles import Pressure, Profile, analytic_profile
+from hwcost.reach import quantities, traits
 from hwcost.thermal import Thermal, fit_thermal
 
 LEAK_FROM_C = 30.0
@@ -72,6 +73,7 @@ def fit_profile(
         pressure=Pressure(retry_s=device.get("retry_s", Pressure().retry_s)),
         intervals=energy_intervals | seconds_intervals,
         ranges=_ranges(calibration.points),
+        kinds=_kinds(calibration.points),
         provenance={**device, "points": len(points), "source": sorted({str(p.source) for p in points})},
     )
 
@@ -200,23 +202,25 @@ def _thermal(calibration: Calibration) -> Thermal:
 
 
 def _ranges(points: Sequence[Point]) -> dict[str, Mapping[str, tuple[float, float]]]:
-    """Per phase, the span of what was measured (fitted, or held out and judged)."""
+    """Per phase, the span of what was measured (fitted, or held out and judged); degrees of all that was measured."""
+    heat = [t for p in points for t in (p.mean_temperature_c, p.max_temperature_c) if t is not None]
     spans: dict[str, dict[str, list[float]]] = {}
     for point in points:
         if point.kind not in _STEPS:
             continue
-        call, shape = step_call(point.params), step_shape(point.params, point.found)
-        values = {
-            "batch_size": call.batch_size,
-            "seq_len": call.seq_len,
-            "num_experts": shape.num_experts,
-            "mean_width": shape.mean_width,
-            "d_model": shape.d_model,
-            "num_layers": shape.num_layers,
-        }
-        if shape.expert_widths:
-            values["top_k"] = shape.top_k
-        table = spans.setdefault(call.phase, {})
-        for name, value in values.items():
-            table.setdefault(name, []).append(float(value))
+        call = step_call(point.params)
+        table = spans.setdefault(call.phase, {"temperature_c": heat} if heat else {})
+        for name, values in quantities(step_shape(point.params, point.found), call).items():
+            table.setdefault(name, []).extend(values)
     return {phase: {name: (min(v), max(v)) for name, v in table.items()} for phase, table in spans.items()}
+
+
+def _kinds(points: Sequence[Point]) -> dict[str, Mapping[str, tuple[str, ...]]]:
+    """Per phase, what was measured of things without an order."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for point in points:
+        if point.kind in _STEPS:
+            table = seen.setdefault(step_call(point.params).phase, {})
+            for name, value in traits(step_shape(point.params, point.found)).items():
+                table.setdefault(name, set()).add(value)
+    return {phase: {name: tuple(sorted(v)) for name, v in table.items()} for phase, table in seen.items()}

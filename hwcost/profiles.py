@@ -49,7 +49,8 @@ class Profile:
         leak_w_per_c, leak_from_c: P_leak = leak_w_per_c · max(0, T − leak_from_c).
         reference_c: temperature of the calibration, assumed where none is given.
         intervals: 95 % interval of each coefficient, by name.
-        ranges: calibrated range per phase and quantity, {"train": {"tokens": (lo, hi), …}, …}.
+        ranges: calibrated range per phase and quantity, {"train": {"batch_size": (lo, hi), …}, …}.
+        kinds: the same of what has no order, {"train": {"dtype": ("bf16",), …}, …}; empty in older profiles.
         errors: held-out errors by name, as fractions.
         provenance: driver, board hash, date, command.
     """
@@ -73,6 +74,7 @@ class Profile:
     pressure: Pressure = dataclasses.field(default_factory=Pressure)
     intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     ranges: Mapping[str, Mapping[str, tuple[float, float]]] = dataclasses.field(default_factory=dict)
+    kinds: Mapping[str, Mapping[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
     errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -132,10 +134,11 @@ def parse_profile(text: str, *, source: str) -> Profile:
         data["thermal"] = Thermal(**data["thermal"])
         data["pressure"] = Pressure(**data["pressure"])
         data["intervals"] = {name: tuple(pair) for name, pair in data.get("intervals", {}).items()}
-        data["ranges"] = {
-            phase: {name: tuple(pair) for name, pair in table.items()}
-            for phase, table in data.get("ranges", {}).items()
-        }
+        for key in ("ranges", "kinds"):
+            data[key] = {
+                phase: {name: tuple(values) for name, values in table.items()}
+                for phase, table in data.get(key, {}).items()
+            }
         return Profile(**data)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: not a profile: {error}") from None

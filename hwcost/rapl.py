@@ -25,8 +25,13 @@ class Zone:
     wrap_uj: int
 
 
-def find_zones(root: Path = POWERCAP) -> tuple[Zone, ...]:
-    """The package zones and their DRAM children that this user can read; empty where there are none."""
+def find_zones(root: Path | None = None) -> tuple[Zone, ...]:
+    """The package zones and their DRAM children that this user can read; empty where there are none.
+
+    Args:
+        root: of the tree; None: where `JOULEMOE_POWERCAP` says, else where Linux has it.
+    """
+    root = root or Path(os.environ.get("JOULEMOE_POWERCAP") or POWERCAP)
     zones = []
     for folder in sorted(root.glob("*-rapl:*")) if root.is_dir() else []:
         try:
@@ -50,7 +55,7 @@ class RaplReader(UnreadableFields):
     stepped = False
 
     def __init__(self, root: Path | str | None = None) -> None:
-        self.zones = find_zones(Path(root or os.environ.get("JOULEMOE_POWERCAP") or POWERCAP))
+        self.zones = find_zones(None if root is None else Path(root))
         if not any(zone.name.startswith("package") for zone in self.zones):
             raise SourceUnavailableError("no readable RAPL package counter under /sys/class/powercap")
         self.info = DeviceInfo(device_id="cpu", kind="cpu", name=platform.processor() or platform.machine() or None)

@@ -11,6 +11,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from hwcost.cpu import SettingError
 from pipelines import cli_analysis, cli_models
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from tune_spaces import Space, SpaceError, find_space, load_space
@@ -191,9 +192,11 @@ def space(
     if loaded.fixed.get("device") == "cpu" or loaded.name == "quickstart":
         return
     examples = plan.trials or plan.examples()
-    found = estimate(examples, gpu_name=gpu or _gpu_here(), epoch_tokens=epoch_tokens)
+    name, limit_w = (gpu, None) if gpu else _gpu_here()
+    found = estimate(examples, gpu_name=name, power_limit_w=limit_w, epoch_tokens=epoch_tokens)
     share = (count or 1) / len(examples)
-    basis = f"profile {found.profile}" + (", analytic: nothing was calibrated for it" if found.analytic else "")
+    unknown = "nothing was calibrated for this GPU" if name else "none for this host, which has no GPU"
+    basis = f"profile {found.profile}" + (f": {unknown}" if found.analytic else "")
     console.print(
         f"Training, modelled ({basis}): {found.energy_j * share / 3.6e6:.3g} kWh, "
         f"{clock(found.duration_s * share)} on one GPU. On top: {clock(found.phases_s * share)} to measure prefill and "
@@ -203,10 +206,13 @@ def space(
     )
 
 
-def _gpu_here() -> str | None:
+def _gpu_here() -> tuple[str | None, float | None]:
+    """Name and enforced power limit of this host's first GPU; None where there is none, or its limit is not told."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    from hwcost.devices import power_limit_w
+
+    return (torch.cuda.get_device_name(0), power_limit_w("cuda:0")) if torch.cuda.is_available() else (None, None)
 
 
 @app.command()
@@ -300,7 +306,7 @@ def main() -> None:
     """Entry point: a setting that cannot be ends in one line and exit code 2, a disk that is full in exit code 1."""
     try:
         app()
-    except (ConfigError, SpaceError) as error:
+    except (ConfigError, SettingError, SpaceError) as error:
         print(f"joulemoe: {error}", file=sys.stderr)
         sys.exit(2)
     except StorageError as error:

@@ -28,15 +28,18 @@ class Estimate:
     flags: tuple[str, ...] = ()
 
 
-def estimate(trials: Sequence[TrialConfig], *, gpu_name: str | None, epoch_tokens: int) -> Estimate:
+def estimate(
+    trials: Sequence[TrialConfig], *, gpu_name: str | None, epoch_tokens: int, power_limit_w: float | None = None
+) -> Estimate:
     """Training joules and seconds of trials on a GPU.
 
     Args:
         trials: what will run; decay branches of anytime trials count.
         gpu_name: the GPU; None takes the analytic default.
         epoch_tokens: tokens of an epoch where a trial does not cap them (`max_train_tokens`).
+        power_limit_w: the GPU's enforced limit; None: not known, the profile of its name serves.
     """
-    model = CostModel.for_device(gpu_name)
+    model = CostModel.for_device(gpu_name, power_limit_w)
     energy_j = duration_s = 0.0
     flags: dict[str, None] = {}
     for trial in trials:

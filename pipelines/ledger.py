@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hwcost import CostModel, EnergyMonitor, Measurement
+from hwcost.devices import power_limit_w
 from pipelines.heartbeat import Keeper
 
 SETUP, TRAIN, EVAL, BRANCH = "setup", "train", "eval", "branch"
@@ -26,7 +27,7 @@ def trial_monitor(*, cpu_parallel: int = 1, device: str = "auto") -> EnergyMonit
         return EnergyMonitor.for_assigned_devices(cpu_parallel=cpu_parallel, torch_device="cpu")
     if not torch.cuda.is_available():
         return EnergyMonitor.for_assigned_devices(cpu_parallel=cpu_parallel)
-    profile = CostModel.for_device(torch.cuda.get_device_name(0))
+    profile = CostModel.for_device(torch.cuda.get_device_name(0), power_limit_w("cuda:0"))
     return EnergyMonitor.for_assigned_devices(cpu_parallel=cpu_parallel, torch_device="cuda:0", profile=profile)
 
 

@@ -9,6 +9,10 @@ from urllib.parse import urlsplit
 
 _TIMEOUT_S = 1.0
 _RAY_PORT = 6379
+_RAY_WORDS = {
+    "auto": "the cluster that runs on this machine, where one does",
+    "local": "a sweep starts its own on this machine",
+}
 
 
 def reachable() -> dict[str, str]:
@@ -21,6 +25,8 @@ def _ray() -> str:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return f"{version}; a sweep starts its own on this machine (RAY_ADDRESS is not set)"
+    if address in _RAY_WORDS:
+        return f"{version}; RAY_ADDRESS={address}: {_RAY_WORDS[address]}"
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     if parts.hostname is None:
         return f"{version}; RAY_ADDRESS={address}"

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from hwcost.cpu import watts_per_core
 from pipelines import anchors, recover
 from pipelines.actor import TrialActor, quiet_libraries
 from pipelines.budget import Budget
@@ -264,6 +265,7 @@ def _work(
 
 def preflight(trials: Sequence[TrialConfig]) -> None:
     """Load what the trials need once, so that bad input ends before anything is written (and caches are warm)."""
+    watts_per_core()  # a word in its place would end every trial
     checked: set[tuple[Any, ...]] = set()
     for config in trials:
         key = (config.data, config.tokenizer, config.base, config.seq_len, config.n_embd, config.n_layer)

@@ -322,3 +322,41 @@ def test_a_cool_gpu_takes_the_largest_batch():
 def test_no_batch_is_safe_where_idling_is_too_hot():
     thermal = dataclasses.replace(leaky().thermal, inlet_c=100.0)
     assert CostModel(leaky(thermal=thermal)).get_thermal_safe_batch_size("expert", 50.0, seq_len=8, max_batch=8) == 0
+
+
+SHIPPED = [("NVIDIA H100 80GB HBM3", 700.0), ("NVIDIA H200", 700.0)]
+
+
+@pytest.mark.parametrize("op", ["train_step", "prefill", "decode_step"])
+@pytest.mark.parametrize("device", SHIPPED, ids=["H100", "H200"])
+def test_a_shipped_profile_hears_a_hot_board(device, op):
+    """Slowdown at 89 °C, a margin of 5 °C: above 84 °C nothing is safe, at loads the boards were calibrated at all."""
+    model = CostModel.for_device(*device)
+    assert not model.analytic
+    limit_c = model.profile.thermal.slowdown_c - 5.0
+
+    def safe(temperature_c, margin_c=5.0):
+        return model.get_thermal_safe_batch_size(op, temperature_c, seq_len=256, max_batch=64, margin_c=margin_c)
+
+    readings = [30.0, 50.0, 60.0, 70.0, 80.0, limit_c, limit_c + 1, 89.0, 110.0]
+    sizes = [safe(t) for t in readings]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[: readings.index(limit_c) + 1] == [64] * (readings.index(limit_c) + 1)
+    assert sizes[-3:] == [0, 0, 0]
+    assert [safe(70.0, margin_c=m) for m in (0.0, 18.0, 20.0, 40.0)] == [64, 64, 0, 0]
+
+
+@pytest.mark.parametrize("device", SHIPPED, ids=["H100", "H200"])
+def test_where_full_load_settles_above_the_limit_batches_shrink_before_the_board_is_hot(device):
+    """The steady temperature counts while the board is still cool; once it is above the limit nothing is safe."""
+    model = CostModel.for_device(*device)
+    thermal = model.profile.thermal
+    hottest_c = thermal.steady_c(model.profile.cap_w)
+    slow = dataclasses.replace(thermal, slowdown_c=hottest_c + 5.0 - 1.0)  # full load settles 1 °C above the limit
+    tight = CostModel(dataclasses.replace(model.profile, thermal=slow))
+
+    def safe(temperature_c):
+        return tight.get_thermal_safe_batch_size("decode_step", temperature_c, seq_len=256, max_batch=256)
+
+    assert 0 < safe(hottest_c - 20.0) == safe(hottest_c - 1.5)
+    assert safe(hottest_c) == 0

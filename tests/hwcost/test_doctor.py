@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from hwcost.doctor import examine, render
+from hwcost.doctor import DeviceReport, examine, render
+from hwcost.readers import DeviceInfo
 from tests.hwcost.conftest import Bench
 from tests.hwcost.fake_nvml import RealTime, fail
+from tests.hwcost.test_cpu_host import Powercap
 
 
 @pytest.fixture
@@ -65,8 +70,6 @@ def test_an_idle_gpu_tells_its_idle_watts(real: Bench) -> None:
 
 
 def test_a_host_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr("hwcost.devices.gpu_host", lambda: False)
     monkeypatch.setattr("hwcost.doctor.deprecated_namesake", lambda: True)
@@ -76,3 +79,34 @@ def test_a_host_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     text = render(report)
     assert "No NVIDIA GPU can be read." in text
     assert "pynvml cannot be imported" in text
+    assert "profile analytic (none for this host)" in text
+
+
+@pytest.mark.parametrize(("slots", "source"), [(1, "rapl"), (4, "modelled")])
+def test_a_rapl_host_says_what_a_sweep_of_so_many_slots_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int, source: str
+) -> None:
+    """Unless told, a sweep runs a trial per core; the package counters serve one."""
+    Powercap(tmp_path)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr("hwcost.devices.gpu_host", lambda: False)
+    monkeypatch.setenv("JOULEMOE_POWERCAP", str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: slots)
+    text = render(examine())
+    assert f"Energy source here: {source}" in text
+    assert "CPU counters (RAPL): package-0, dram, package-1" in text
+    assert ("--parallel 1" in text) == (source == "modelled")
+    assert "no CPU counter can be read" not in text
+
+
+def test_a_gpu_without_a_name_has_no_profile_of_its_own(real: Bench) -> None:
+    real.board().true_energy(real.world.now + 60)
+    real.install(None, nvmlDeviceGetName=fail("NotSupported"))
+    report = examine(seconds=0.5)
+    text = render(report)
+    assert "profile analytic (none for this host" in text
+    assert "None" not in text
+    unread = DeviceReport(info=DeviceInfo(device_id="GPU-1", kind="gpu", uuid="GPU-1"), assigned=True, fields=())
+    text = render(dataclasses.replace(report, gpus=(unread,)))
+    assert "profile analytic (none for this host" in text
+    assert "None" not in text

@@ -126,3 +126,25 @@ def test_space_prints_the_trials(
     space = space_file(tmp_path, tiny | {"top_k": {"grid": [1, 2]}})
     assert joulemoe(monkeypatch, "space", space) == 0
     assert "2 trials, 0 repeats dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["doctor", "sweep", "trial"])
+def test_a_variable_that_cannot_be_is_named_in_one_line(
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setenv("JOULEMOE_WATTS_PER_CORE", "abc")
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(tiny))
+    out = tmp_path / "out"
+    words = {
+        "doctor": [],
+        "sweep": [space_file(tmp_path, tiny), "--out", str(out)],
+        "trial": [str(tmp_path / "t.yaml"), "--out", str(out)],
+    }[command]
+    assert joulemoe(monkeypatch, command, *words) == 2
+    error = capsys.readouterr().err
+    assert error == ("joulemoe: JOULEMOE_WATTS_PER_CORE: expected watts of one core, between 0 and 1000; got 'abc'\n")
+    assert not out.exists()

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hwcost import EnergyMonitor
+from hwcost import DeviceInfo, EnergyMonitor
 from pipelines import heartbeat, ledger, recover
 from pipelines.budget import Budget, stalls
 from pipelines.config import ConfigError, TrialConfig
@@ -272,3 +273,19 @@ def test_a_trial_on_the_cpu_of_a_gpu_host_is_measured_there(monkeypatch: pytest.
     ledger.trial_monitor(device="cpu")
     ledger.trial_monitor()
     assert asked == ["cpu", "cuda:0"]
+
+
+@pytest.mark.parametrize(("limit_w", "calibrated"), [(700.0, True), (350.0, False), (None, True)])
+def test_idle_watts_come_from_the_profile_of_the_enforced_limit(
+    monkeypatch: pytest.MonkeyPatch, limit_w: float | None, calibrated: bool
+) -> None:
+    """The board's own word through NVML: half the limit is another board as far as joules go."""
+    info = DeviceInfo(device_id="GPU-0", kind="gpu", name="NVIDIA H200", power_limit_w=limit_w)
+    found = types.SimpleNamespace(readers=(types.SimpleNamespace(info=info),))
+    profiles: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr("hwcost.devices.find_readers", lambda **how: found)
+    monkeypatch.setattr(ledger.EnergyMonitor, "for_assigned_devices", lambda **how: profiles.append(how["profile"]))
+    ledger.trial_monitor()
+    assert [model.analytic for model in profiles] == [not calibrated]

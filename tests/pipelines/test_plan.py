@@ -140,6 +140,13 @@ def test_every_shipped_space_is_a_plan_with_an_estimate(name: str) -> None:
     assert not found.analytic
 
 
+def test_an_estimate_goes_by_the_power_limit(tiny: dict[str, Any]) -> None:
+    config = TrialConfig.parse(tiny)
+    for limit_w, analytic in ((700.0, False), (350.0, True), (None, False)):
+        found = estimate([config], gpu_name="NVIDIA H200", power_limit_w=limit_w, epoch_tokens=1_000_000)
+        assert (found.analytic, "analytic" in found.flags) == (analytic, analytic)
+
+
 def test_an_anytime_trial_costs_its_trunk_once(tiny: dict[str, Any]) -> None:
     config = TrialConfig.parse(tiny | {"epochs": "anytime:3", "decay_fraction": 0.2})
     assert epochs_trained(config) == pytest.approx(3 + 0.2 * (1 + 2))

@@ -29,6 +29,15 @@ def test_a_server_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyP
     assert "does not answer" in reachable()["Ray"]
 
 
+@pytest.mark.parametrize(
+    ("word", "said"), [("auto", "the cluster that runs on this machine"), ("local", "a sweep starts its own")]
+)
+def test_rays_words_are_no_hosts(monkeypatch: pytest.MonkeyPatch, word: str, said: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", word)
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: pytest.fail("looked for a host of that name"))
+    assert f"RAY_ADDRESS={word}: {said}" in reachable()["Ray"]
+
+
 def test_doctor_tells_people_and_programs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     done = CliRunner().invoke(app, ["doctor", "--json"], catch_exceptions=False)
