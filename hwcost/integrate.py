@@ -17,10 +17,13 @@ import statistics
 
 GAP_S = 1.0  # power samples further apart than this say nothing about the time between them
 JUMP_FACTOR = 1.25  # a board may exceed its limit for moments, never by a quarter over a counter period
+SLACK_S = 0.1  # a counter period, unless it is longer: how far the time of a step may be off
 KEEP = 4096
 ANCHORS = 12  # counter steps on either side that anchor the ring
 ANCHOR_S = 3.0  # and how far away they may be
 TIGHT_S = 0.004  # standard uncertainty of a step's time that still anchors
+SURPRISE_S = 0.03  # a counter step and a trusted ring may differ by one ring sample and the sensor's lag ...
+SURPRISE = 0.03  # ... and by this share of the joules (on an H200: 2 J rms, 9.5 J at worst, over three steps)
 DISTRUST = 0.25  # of a counter period's joules: more disagreement than that, and the ring is not used
 
 
@@ -101,6 +104,14 @@ class PowerIntegral:
             return None
         return last.energy_j - first.energy_j
 
+    def unknown_s(self, start_s: float, end_s: float) -> float:
+        """Seconds of a span without samples: holes in it, and the time since the last sample."""
+        first, last = self.at(start_s), self.at(end_s)
+        if first is None or last is None:
+            return end_s - start_s
+        held_s = min(max(end_s - self.times[-1], 0.0), self.gap_s)
+        return max(end_s - start_s - (last.covered_s - first.covered_s), 0.0) + held_s
+
     def surrounds(self, time_s: float) -> bool:
         """Whether there are samples before and after a moment, with no hole there."""
         i = bisect.bisect_right(self.times, time_s)
@@ -130,19 +141,36 @@ class Knot:
 class CounterCurve:
     """E(t) through the steps of an energy counter.
 
-    Differences that cannot be true (backwards, or more than the power limit allows) are replaced by the integral of
-    power over the same time, or left uncovered where there is none; the curve never falls.
+    Differences that cannot be true (backwards, more than the power limit allows, or more than a ring that has agreed so
+    far accounts for) are replaced by the integral of power over the same time, or left uncovered where there is none;
+    the curve never falls.
     """
 
     def __init__(self, *, limit_w: float | None = None) -> None:
         self.limit_w = limit_w
-        self.slack_s = 0.1
+        self.slack_s = SLACK_S
         self.knots: list[Knot] = []
         self._times: list[float] = []
         self._raw_j: float | None = None
+        self._excess_j = 0.0
 
-    def add(self, time_s: float, raw_j: float, *, sigma_s: float = 0.0, integral_j: float | None = None) -> str | None:
-        """Append what the counter said at a step. Returns the flag of a difference that was not believed."""
+    def add(
+        self,
+        time_s: float,
+        raw_j: float,
+        *,
+        sigma_s: float = 0.0,
+        integral_j: float | None = None,
+        blur_s: float | None = None,
+    ) -> str | None:
+        """Append what the counter said at a step. Returns the flag of a difference that was not believed.
+
+        Args:
+            time_s, sigma_s: when it stepped, and the standard uncertainty of that.
+            raw_j: what it said.
+            integral_j: joules since the last step from power.
+            blur_s: seconds for which that integral had no samples; None: power is too coarse to judge the counter.
+        """
         if self.knots and time_s <= self.knots[-1].time_s:
             return None
         previous, self._raw_j = self._raw_j, raw_j
@@ -150,6 +178,8 @@ class CounterCurve:
             self._append(time_s, integral_j if self.knots else 0.0, sigma_s, bridged=bool(self.knots))
             return None
         flag = self._doubt(raw_j - previous, time_s - self.knots[-1].time_s)
+        if integral_j is not None and blur_s is not None:
+            flag = flag or self._surprise(raw_j - previous - integral_j, integral_j, blur_s, sigma_s)
         self._append(time_s, integral_j if flag else raw_j - previous, sigma_s, bridged=flag is not None)
         return flag
 
@@ -165,6 +195,17 @@ class CounterCurve:
         if self.limit_w and difference > JUMP_FACTOR * self.limit_w * (span_s + self.slack_s):
             return "counter_jump"
         return None
+
+    def _surprise(self, excess_j: float, integral_j: float, blur_s: float, sigma_s: float) -> str | None:
+        """Whether the counter rose by more than the ring and the edges account for.
+
+        A step whose time is loose may be told a whole period early or late; what the counter lacked at the last step it
+        may catch up on.
+        """
+        owed_j, self._excess_j = -min(self._excess_j, 0.0), excess_j
+        edges_s = sum(self.slack_s if s > TIGHT_S else 3 * s for s in (self.knots[-1].sigma_s, sigma_s))
+        allowed_j = JUMP_FACTOR * (self.limit_w or math.inf) * (SURPRISE_S + blur_s + edges_s) + SURPRISE * integral_j
+        return "counter_jump" if excess_j - owed_j > allowed_j else None
 
     def _append(self, time_s: float, difference_j: float | None, sigma_s: float, *, bridged: bool) -> None:
         last = self.knots[-1] if self.knots else Knot(time_s, 0.0, 0.0, 0.0, 0.0)

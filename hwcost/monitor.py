@@ -22,6 +22,7 @@ PERIOD_S = 0.25
 READY_S = 2.0
 SETTLE_S = 1.5
 BEAT_S = 1.0
+WATCH_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,9 @@ class EnergyMonitor:
             sampler.start()
         for sampler in self.samplers if threads else ():
             sampler.ready.wait(READY_S)
+        self._watch_ends = threading.Event()
+        if threads and self.samplers:
+            threading.Thread(target=self._watch, name="hwcost-watchdog", daemon=True).start()
 
     @classmethod
     def for_assigned_devices(
@@ -187,6 +191,8 @@ class EnergyMonitor:
         """Cumulative joules by window name, at any time and from any thread: open windows count up to now."""
         if self._forked():
             return {}
+        for sampler in self.samplers:
+            sampler.watch()
         with self._lock:
             for window in [w for w in self._unread if all(span.settled.is_set() for span in w.spans)]:
                 window.measurement  # noqa: B018 - reading it enters it into the ledger
@@ -202,6 +208,7 @@ class EnergyMonitor:
             return
         self._closed = True
         if not self._forked():
+            self._watch_ends.set()
             for sampler in self.samplers:
                 sampler.stop()
             self.system.close()
@@ -219,6 +226,13 @@ class EnergyMonitor:
         ever.
         """
         return os.getpid() != self._pid
+
+    def _watch(self) -> None:
+        """Look after the samplers, also inside a window that stays open for hours."""
+        while not self._watch_ends.wait(WATCH_S):
+            for sampler in self.samplers:
+                with contextlib.suppress(Exception):
+                    sampler.watch()
 
     def _phase(self) -> tuple[str | None, float | None]:
         innermost = self._open_windows[-1:]

@@ -9,7 +9,7 @@ from typing import Any
 
 from hwcost.counter import CounterFollower
 from hwcost.history import GpuSystemMonitor, PowerSample
-from hwcost.integrate import CounterCurve, PowerIntegral, Reading
+from hwcost.integrate import SLACK_S, CounterCurve, PowerIntegral, Reading
 from hwcost.processes import Occupancy, occupancy
 from hwcost.readers import Clock, DeviceReader, Guard
 from hwcost.windows import Span
@@ -21,6 +21,7 @@ EDGE_EVERY_S = 0.02  # while an edge waits for the ring
 PROCESSES_EVERY_S = 1.0
 STALE_S = 10.0  # a sampler that was not heard of for so long hangs in a read
 GRACE_S = 1.0  # how long an edge waits for what lies beyond it
+CEILING_W = 2500.0  # no board draws more: the limit where the driver does not tell one
 GAP_S = 2.0  # a pause between rounds that is worth a flag
 MAX_RESTARTS = 3
 
@@ -46,7 +47,7 @@ class DeviceSampler:
         self.reader, self.clock, self.period_s = reader, clock, period_s
         self.system, self.phase, self.beat = system, phase, beat
         self.guard = Guard(flag=self.note, stand=self.stand)
-        self.curve = CounterCurve(limit_w=reader.info.power_limit_w)
+        self.curve = CounterCurve(limit_w=reader.info.power_limit_w or (CEILING_W if reader.stepped else None))
         self.instant, self.ring = PowerIntegral(), PowerIntegral(gap_s=0.25, averages=True)
         self.restarts = 0
         self.heartbeat_s = clock.monotonic()
@@ -90,7 +91,11 @@ class DeviceSampler:
                 self.clock.wait(self._stop, self.period_s)
 
     def watch(self) -> None:
-        """The watchdog, run by the windows: a dead thread is started again, a hanging one is flagged."""
+        """The watchdog (the monitor's thread, the ledger and the windows ask): restart the dead, flag the hanging."""
+        with self._lock:  # asked by several threads: only one of them may start another
+            self._watch()
+
+    def _watch(self) -> None:
         if self.thread is None or self._stop.is_set():
             return
         if not self.thread.is_alive():
@@ -213,7 +218,9 @@ class DeviceSampler:
         with self._lock:
             last_s = self.curve.knots[-1].time_s if self.curve.knots else math.inf
             integral = self._shape().between(last_s, time_s) if time_s > last_s else None
-            flag = self.curve.add(time_s, raw_j, sigma_s=sigma_s, integral_j=integral)
+            self.curve.slack_s = max(SLACK_S, self.counter.period_s or 0.0)
+            blur_s = self.ring.unknown_s(last_s, time_s) if self._trusted and time_s > last_s else None
+            flag = self.curve.add(time_s, raw_j, sigma_s=sigma_s, integral_j=integral, blur_s=blur_s)
         if flag:
             self.note(flag)
 

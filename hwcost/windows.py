@@ -17,7 +17,10 @@ POWER_ERRORS = (0.01, 0.03)
 """Relative standard uncertainty of integrated power beside the counter: the driver's ring, and sampled instant power.
 On
 an H200 they were within 0.3 % and 1-3 %."""
-CHECK_S = 5.0  # shorter windows are not cross-checked: sampling alone explains a difference
+POWER_EDGES_S = (0.02, 0.1)
+"""The spacing of the same samples: how far a window's edges may be off in them."""
+AVERAGED_S = 1.0  # ... where the driver has nothing but a one-second mean
+STEP_S = 0.1  # and in the counter, unless its period is longer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,9 +114,13 @@ class Span:
             [] if self._throttle is None else [word for bit, word in THROTTLE_REASONS.items() if self._throttle & bit]
         )
         energy, sigma, coverage = self._energy(duration, min_s)
-        integral, error = self._integral(duration)
-        if _disagree(energy, sigma, integral, error) and duration >= CHECK_S:
-            self.flags.setdefault("counter_disagrees")
+        power = self._integral(duration, reader)
+        if energy is not None and power is not None:
+            edges_j = (power.edge_s + max(STEP_S, min_s)) * (power.edge_w or energy / duration)
+            if abs(energy - power.energy_j) > edges_j + 3 * math.hypot(
+                sigma or 0.0, power.sigma_j, power.error * energy
+            ):
+                self.flags.setdefault("counter_disagrees")
         watts = baseline if reader.info.kind == "gpu" else PowerBaseline()
         idle, context, dynamic = _separate(energy, duration, watts, self.context)
         return Measurement(
@@ -130,7 +137,7 @@ class Span:
             mean_temperature_c=total / count if count else None,
             max_temperature_c=highest if count else None,
             max_memory_bytes=self._max_memory,
-            integral_j=integral,
+            integral_j=power.energy_j if power is not None else None,
             source=self._source(reader.source) if energy is not None else None,
             coverage=coverage,
             throttled=None if self._throttle is None else bool(reasons),
@@ -159,19 +166,28 @@ class Span:
         bridged_s = self.end.bridged_s - self.start.bridged_s
         return "integrated" if bridged_s > 0.01 * (self.end.covered_s - self.start.covered_s) else counter
 
-    def _integral(self, duration: float) -> tuple[float | None, float]:
-        """Joules from power alone, of the finest samples that cover the span, and their relative uncertainty."""
-        for first, last, error in zip(self.powers_start, self.powers_end, POWER_ERRORS, strict=True):
+    def _integral(self, duration: float, reader: DeviceReader) -> _Integral | None:
+        """Joules from power alone, of the finest samples that cover the span."""
+        coarse_s = AVERAGED_S if "averaged_power" in reader.notes else POWER_EDGES_S[1]
+        edges = ((POWER_EDGES_S[0], None), (coarse_s, reader.info.power_limit_w or self._peak_w))
+        for first, last, error, edge in zip(self.powers_start, self.powers_end, POWER_ERRORS, edges, strict=True):
             if first is not None and last is not None and last.covered_s - first.covered_s > 0.95 * duration:
-                return last.energy_j - first.energy_j, error
-        return None, 0.0
+                sigma = math.hypot(first.sigma_j, last.sigma_j)
+                return _Integral(last.energy_j - first.energy_j, sigma, error, *edge)
+        return None
 
 
-def _disagree(energy: float | None, sigma: float | None, integral: float | None, error: float) -> bool:
-    """Whether the counter and the integral of power differ by more than both allow."""
-    if energy is None or sigma is None or integral is None:
-        return False
-    return abs(energy - integral) > 3 * math.hypot(sigma, error * energy)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Integral:
+    """Joules of a span from power, their uncertainty at its edges, the relative one, and how far and at what watts
+    (None: the mean of the span; coarse samples do not see what is just beyond it) the samples may miss the edges.
+    """
+
+    energy_j: float
+    sigma_j: float
+    error: float
+    edge_s: float
+    edge_w: float | None
 
 
 def _separate(

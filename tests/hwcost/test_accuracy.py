@@ -7,6 +7,7 @@ import pytest
 
 from hwcost import PowerBaseline
 from tests.hwcost.conftest import Bench
+from tests.hwcost.fake_nvml import Board, fail
 
 
 def bursts(t: np.ndarray) -> np.ndarray:
@@ -145,3 +146,36 @@ def test_the_uncertainty_covers_the_error(bench: Bench) -> None:
         bench.run(monitor, float(rng.uniform(0.0, 0.5)))
     assert np.abs(scores).max() < 5.0
     assert 0.05 < np.sqrt(np.mean(np.square(scores))) < 2.0
+
+
+def wild(t: np.ndarray) -> np.ndarray:
+    """Bursts between 120 and 900 W, 30 ms to 1.5 s long."""
+    rng = np.random.default_rng(11)
+    watts = rng.choice([120.0, 300.0, 600.0, 900.0], 4001)
+    return watts[np.searchsorted(990.0 + np.cumsum(rng.uniform(0.03, 1.5, 4000)), t)]
+
+
+def _one_second_mean(board: Board) -> int:
+    return int(1e3 * (board.true_energy(board.world.now) - board.true_energy(board.world.now - 1.0)))
+
+
+MISSING = {
+    "nothing": (),
+    "limit": ("nvmlDeviceGetEnforcedPowerLimit",),
+    "ring": ("nvmlDeviceGetSamples",),
+    "instant": ("nvmlDeviceGetSamples", "nvmlDeviceGetFieldValues"),
+}
+
+
+@pytest.mark.parametrize("step_s", [0.02, 0.1, 0.25])
+@pytest.mark.parametrize("missing", MISSING)
+def test_an_honest_counter_is_believed_whatever_the_load(bench: Bench, missing: str, step_s: float) -> None:
+    board = bench.board(power=wild, step_s=step_s)
+    calls = dict.fromkeys(MISSING[missing], fail("NotSupported"))
+    monitor = bench.monitor(nvmlDeviceGetPowerUsage=_one_second_mean, **calls)
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        (window,) = bench.measure(monitor, float(np.exp(rng.uniform(np.log(0.26), np.log(8.0)))))
+        assert not {"counter_jump", "counter_disagrees"} & set(window.measurement.flags)
+        assert window.measurement.source == "counter"
+        bench.run(monitor, float(rng.uniform(0.0, 0.4)))

@@ -178,9 +178,32 @@ def test_a_counter_that_goes_backwards_a_little(bench: Bench) -> None:
     assert "counter_reset" in result.flags
 
 
-def test_a_jump_beyond_the_limit_is_bridged(bench: Bench) -> None:
+@pytest.mark.parametrize("jump_j", [60.0, 120.0, 200.0, 1e6])
+def test_a_jump_that_power_does_not_explain_is_bridged(bench: Bench, jump_j: float) -> None:
     board = bench.board()
     monitor = bench.monitor()
+    after(bench, 1.5, lambda: setattr(board, "counter", lambda joules: joules + jump_j))
+    result = measured(bench, monitor)
+    assert result.energy_j == pytest.approx(1500, rel=0.01)
+    assert result.flags == ("counter_jump",)
+    assert measured(bench, monitor).flags == ()
+
+
+@pytest.mark.parametrize("missing", ["nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetSamples"])
+@pytest.mark.parametrize("jump_j", [200.0, 1e6])
+def test_a_jump_without_the_limit_or_without_the_ring(bench: Bench, missing: str, jump_j: float) -> None:
+    board = bench.board()
+    monitor = bench.monitor(**{missing: fail("NoPermission")})
+    after(bench, 1.5, lambda: setattr(board, "counter", lambda joules: joules + jump_j))
+    result = measured(bench, monitor)
+    assert result.energy_j == pytest.approx(1500, rel=0.02)
+    assert "counter_jump" in result.flags
+
+
+def test_with_neither_limit_nor_ring_no_board_draws_more_than_the_ceiling(bench: Bench) -> None:
+    board = bench.board()
+    calls = dict.fromkeys(["nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetSamples"], fail("NoPermission"))
+    monitor = bench.monitor(**calls)
     after(bench, 1.5, lambda: setattr(board, "counter", lambda joules: joules + 1e6))
     result = measured(bench, monitor)
     assert result.energy_j == pytest.approx(1500, rel=0.02)
@@ -202,16 +225,26 @@ def test_a_frozen_counter_is_bridged_until_it_moves_again(bench: Bench) -> None:
     assert (again.source, again.flags) == ("counter", ())
 
 
-def test_a_counter_that_lies_is_found_out(bench: Bench) -> None:
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+@pytest.mark.parametrize("seconds", [1.5, 3.0, 10.0])
+def test_a_counter_that_lies_is_found_out(bench: Bench, factor: float, seconds: float) -> None:
     board = bench.board()
-    board.counter = lambda joules: 0.8 * joules
-    result = measured(bench, bench.monitor(), 10.0)
-    assert "counter_disagrees" in result.flags
-    assert result.energy_j == pytest.approx(4000, rel=0.02)
-    assert result.integral_j == pytest.approx(5000, rel=0.02)
+    board.counter = lambda joules: factor * joules
+    result = measured(bench, bench.monitor(), seconds)
+    assert result.flags == ("counter_disagrees",)
+    assert result.energy_j == pytest.approx(500 * factor * seconds, rel=0.02)
+    assert result.integral_j == pytest.approx(500 * seconds, rel=0.02)
 
 
 # -- the device
+
+
+@pytest.mark.parametrize(("missing", "seconds"), [(["Samples"], 4.0), (["Samples", "FieldValues"], 15.0)])
+def test_a_counter_that_lies_is_found_out_without_the_ring(bench: Bench, missing: list[str], seconds: float) -> None:
+    board = bench.board()
+    board.counter = lambda joules: 0.8 * joules
+    monitor = bench.monitor(**{f"nvmlDeviceGet{name}": fail("NotSupported") for name in missing})
+    assert "counter_disagrees" in measured(bench, monitor, seconds).flags
 
 
 def test_gpu_lost_leaves_partial_joules(bench: Bench) -> None:

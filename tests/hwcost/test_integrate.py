@@ -98,3 +98,25 @@ def test_a_ring_that_contradicts_the_counter_is_not_used() -> None:
     assert not curve.trusts(ring)
     start, end = curve.at(3.28, ring), curve.at(4.42, ring)
     assert end.energy_j - start.energy_j == pytest.approx(684.0, rel=0.05)
+
+
+def test_a_difference_that_power_does_not_explain_is_a_jump() -> None:
+    for excess, blur, sigma, flag in (
+        (20.0, 0.0, 0.001, None),
+        (60.0, 0.0, 0.001, "counter_jump"),
+        (60.0, 0.05, 0.001, None),  # the ring had not come that far
+        (60.0, None, 0.001, None),  # no ring that could say so
+        (60.0, 0.0, 0.02, None),  # a step whose time is loose
+        (160.0, 0.0, 0.02, "counter_jump"),
+    ):
+        curve = CounterCurve(limit_w=700.0)
+        curve.add(0.0, 100.0)
+        assert curve.add(0.3, 250.0 + excess, sigma_s=sigma, integral_j=150.0, blur_s=blur) == flag
+        assert curve.at(0.3).energy_j == pytest.approx(150.0 + (0.0 if flag else excess))
+
+
+def test_a_counter_may_catch_up() -> None:
+    curve = CounterCurve(limit_w=700.0)
+    flags = [curve.add(0.3 * i, j, integral_j=150.0, blur_s=0.0) for i, j in enumerate((0.0, 150.0, 220.0, 450.0))]
+    assert flags == [None] * 4
+    assert curve.at(0.9).energy_j == 450.0

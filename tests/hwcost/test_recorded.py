@@ -66,3 +66,20 @@ def test_what_the_steps_alone_would_say_spreads_more() -> None:
     plain = [counted(b) - counted(a) for a, b in long]
     ours = [curve.at(b, ring).energy_j - curve.at(a, ring).energy_j for a, b in long]
     assert np.std(ours) < np.std(plain) / 3
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+@pytest.mark.parametrize("late_s", [0.0, 0.04, 0.1])
+def test_no_step_of_the_bursts_surprises_the_ring(every: int, late_s: float) -> None:
+    """The ring as it stood when a step was read: its last sample is `late_s` old and held."""
+    curve, ring, fed = CounterCurve(limit_w=700.0), PowerIntegral(gap_s=0.25, averages=True), 0
+    last_s, compared = STEPS[0, 0], 0
+    for time_s, joules, sigma_s in STEPS[::every]:
+        while fed < len(RING) and RING[fed, 0] <= time_s - late_s:
+            ring.add(*RING[fed])
+            fed += 1
+        integral, blur_s = ring.between(last_s, time_s), ring.unknown_s(last_s, time_s)
+        assert curve.add(time_s, joules, sigma_s=sigma_s, integral_j=integral, blur_s=blur_s) is None
+        compared += integral is not None
+        last_s = time_s
+    assert compared > 100 / every

@@ -125,6 +125,50 @@ def test_a_dead_sampler_is_started_again() -> None:
         assert after.measurement.flags == ("modelled:5_w_per_core",)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("who", ["ledger", "watchdog"])
+def test_a_sampler_that_dies_inside_a_window_is_started_again_inside_it(
+    monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    monkeypatch.setattr("hwcost.monitor.WATCH_S", 60.0 if who == "ledger" else 0.2)
+    monkeypatch.setattr("hwcost.sampler.GAP_S", 0.1)
+    reader = Mortal()
+    with EnergyMonitor([reader], period_s=0.01) as monitor:
+        thread = monitor.samplers[0].thread
+        assert thread is not None
+        with monitor.window("w") as window:
+            reader.kill.set()
+            thread.join(timeout=30)
+            dead = len(monitor.system.history)
+            if who == "ledger":
+                time.sleep(0.2)
+                assert len(monitor.system.history) == dead
+                assert monitor.ledger()["w"].open == 1
+            deadline = time.monotonic() + 30
+            while len(monitor.system.history) < dead + 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(monitor.system.history) >= dead + 3
+        assert {"sampler_restarted", "sampling_gap"} <= set(window.measurement.flags)
+        assert monitor.samplers[0].restarts == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_several_threads_start_one_sampler() -> None:
+    reader = Mortal()
+    with EnergyMonitor([reader], period_s=0.01) as monitor:
+        (sampler,) = monitor.samplers
+        assert sampler.thread is not None
+        reader.kill.set()
+        sampler.thread.join(timeout=30)
+        callers = [threading.Thread(target=monitor.ledger) for _ in range(16)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(timeout=30)
+        assert sampler.restarts == 1
+        assert sum(thread.name == "hwcost-mortal" for thread in threading.enumerate()) == 1
+
+
 class Hanging(CpuTimeReader):
     """A stepped counter whose reads do not return, as of a driver that hangs."""
 
