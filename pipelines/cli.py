@@ -47,7 +47,7 @@ def sweep(
     data: Data = None,
     settings: Settings = None,
     search: Annotated[
-        str | None, typer.Option(help="grid, random, tpe, nsga2 or gp; default: what the space says.")
+        str | None, typer.Option(help="grid, random, tpe, nsga2, gp or cost-aware; default: what the space says.")
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="fifo or pareto-asha; default: what the space says.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Trials in all, for searches that draw.")] = None,
@@ -72,7 +72,10 @@ def sweep(
         float | None, typer.Option("--trial-timeout", help="Seconds without a report: the trial hangs.")
     ] = None,
     parallel: Annotated[
-        int | None, typer.Option(min=1, help="Trials at once; default: one per GPU, or per CPU core.")
+        int | None,
+        typer.Option(
+            min=1, help="Trials at once; default: one per GPU, or per CPU core. More than a cluster has GPUs: it grows."
+        ),
     ] = None,
     address: Annotated[str, typer.Option(help="Ray: local, auto, or ray://HOST:10001.")] = "local",
     tracking_uri: Annotated[

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -29,6 +29,7 @@ from pipelines.model import Hardware, dense_model
 from pipelines.pareto import pareto_fronts
 from pipelines.plan import SweepPlan
 from pipelines.records import EpochRecord, Store, TrialRecord
+from pipelines.resources import Resources, resources_of
 from pipelines.scheduler import ParetoASHA, rungs_of
 from pipelines.search import StudySearch, study_of
 
@@ -45,15 +46,6 @@ _QUIET = {
 
 #: Seconds that an actor has to end in order when its sweep ends.
 _STOP_S = 3.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one trial gets, and how many run at once."""
-
-    cpus: float
-    gpus: int
-    parallel: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +78,7 @@ def run_sweep(
     Args:
         plan: what to run; a plan that was stored under `out` before goes on where it ended.
         out: folder or URI of the results.
-        parallel: trials at once.
+        parallel: trials at once; on a cluster that can grow it may be more than there are GPUs.
         address: `local`, `auto` or `ray://...`.
         tracking_uri: MLflow's address; beside the results where None.
         retries: further attempts of a trial whose process died.
@@ -110,7 +102,9 @@ def run_sweep(
             preflight(plan.trials or plan.examples())
             check_storage(out, tracking_uri)
             own_ray = stack.enter_context(_connected(address))
-            resources = _resources(plan, parallel)
+            resources = resources_of(plan, parallel, local=address == "local")
+            if resources.waits:
+                print("The cluster has no GPU yet: trials (device: cuda) wait for a node with one.", flush=True)
             check_writable(out)
             if not begun:
                 stack.enter_context(journal.driving())
@@ -299,19 +293,6 @@ def _connect(address: str) -> bool:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"address: expected Ray at {address!r}, got {reason}") from None
     return True
-
-
-def _resources(plan: SweepPlan, parallel: int | None) -> Resources:
-    trials = plan.trials or plan.examples()
-    count = len(plan.trials) or (plan.samples or 1)
-    cluster: Mapping[str, float] = ray.cluster_resources()
-    cpus, gpus = int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0))
-    if any(config.device == "cuda" for config in trials) and not gpus:
-        raise ConfigError("device: expected a CUDA GPU, got a cluster without one; use device: auto or cpu")
-    wants_gpu = gpus > 0 and any(config.device != "cpu" for config in trials)
-    slots = min(gpus if wants_gpu else cpus, count)
-    parallel = max(1, min(parallel or slots, slots))
-    return Resources(cpus=max(1, cpus // parallel), gpus=1 if wants_gpu else 0, parallel=parallel)
 
 
 def check_storage(out: str, tracking_uri: str | None) -> None:
