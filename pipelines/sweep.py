@@ -93,6 +93,7 @@ def run_sweep(
     """
     out = os.fspath(out) if "://" in os.fspath(out) else os.path.abspath(out)
     journal = Journal(out, plan.sweep_id)
+    check_budget(plan, journal)
     ended = None
     with contextlib.ExitStack() as stack:
         begun = journal.has("plan.json")
@@ -157,8 +158,13 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     if work is None:
         return None
     began_s = time.monotonic()
-    follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s)
+
+    def book(joules: float | None = None) -> None:
+        journal.book_session(session, time.monotonic() - began_s, joules)
+
+    follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s, book)
     try:
+        book()
         _fit(_tuner(plan, run, work, store, follower), run)
         if budget.broken is not None:
             raise budget.broken
@@ -175,7 +181,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         ) from None
     finally:
         with contextlib.suppress(OSError):
-            journal.add_session(time.monotonic() - began_s, meter.read_j())
+            book(meter.read_j())
         follower.close()
         with contextlib.suppress(OSError):
             prune_finals(journal, _front_members(store, plan.sweep_id))
@@ -300,6 +306,14 @@ def check_storage(out: str, tracking_uri: str | None) -> None:
     remote = "://" in out and not out.startswith("file://")
     if remote and not (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         raise ConfigError(f"tracking-uri: expected the address of an MLflow server where OUT is {out}, got none")
+
+
+def check_budget(plan: SweepPlan, journal: Journal) -> None:
+    """Raises ConfigError where joules cannot be counted: heartbeats need a file that can be appended to."""
+    if plan.max_joules is not None and not journal.local:
+        raise ConfigError(
+            "max_joules: expected OUT on a file system, got an object store, where joules are not counted"
+        )
 
 
 def check_writable(out: str) -> None:
