@@ -55,7 +55,9 @@ def sweep(
     objectives: Annotated[
         list[str] | None, typer.Option("--objective", help="COLUMN or COLUMN:max; two or three times.")
     ] = None,
-    max_joules: Annotated[float | None, typer.Option(help="End after so many joules, idle and lost ones too.")] = None,
+    max_joules: Annotated[
+        float | None, typer.Option(help="End after so many joules, idle and lost ones too. OUT on a disk only.")
+    ] = None,
     max_hours: Annotated[float | None, typer.Option(help="End after so many hours.")] = None,
     stall: Annotated[
         int | None, typer.Option("--stop-when-hypervolume-stalls", help="End when so many trials added nothing.")
