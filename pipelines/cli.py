@@ -48,7 +48,7 @@ def sweep(
     data: Data = None,
     settings: Settings = None,
     search: Annotated[
-        str | None, typer.Option(help="grid, random, tpe, nsga2 or gp; default: what the space says.")
+        str | None, typer.Option(help="grid, random, tpe, nsga2, gp or cost-aware; default: what the space says.")
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="fifo or pareto-asha; default: what the space says.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Trials in all, for searches that draw.")] = None,
@@ -56,7 +56,9 @@ def sweep(
     objectives: Annotated[
         list[str] | None, typer.Option("--objective", help="COLUMN or COLUMN:max; two or three times.")
     ] = None,
-    max_joules: Annotated[float | None, typer.Option(help="End after so many joules, idle and lost ones too.")] = None,
+    max_joules: Annotated[
+        float | None, typer.Option(help="End after so many joules, idle and lost ones too. OUT on a disk only.")
+    ] = None,
     max_hours: Annotated[float | None, typer.Option(help="End after so many hours.")] = None,
     stall: Annotated[
         int | None, typer.Option("--stop-when-hypervolume-stalls", help="End when so many trials added nothing.")
@@ -73,7 +75,10 @@ def sweep(
         float | None, typer.Option("--trial-timeout", help="Seconds without a report: the trial hangs.")
     ] = None,
     parallel: Annotated[
-        int | None, typer.Option(min=1, help="Trials at once; default: one per GPU, or per CPU core.")
+        int | None,
+        typer.Option(
+            min=1, help="Trials at once; default: one per GPU, or per CPU core. More than a cluster has GPUs: it grows."
+        ),
     ] = None,
     address: Annotated[str, typer.Option(help="Ray: local, auto, or ray://HOST:10001.")] = "local",
     tracking_uri: Annotated[

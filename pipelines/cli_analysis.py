@@ -45,7 +45,17 @@ def conclude_sweep(console: Console, out: str | os.PathLike[str], sweep_id: str,
 
     Returns:
         True where a front with at least one member was written.
+
+    Raises:
+        ConfigError: another driver is at work on this sweep.
     """
+    from pipelines.journal import Journal
+
+    with Journal(os.fspath(out), sweep_id).driving():
+        return _conclude(console, out, sweep_id, tracking_uri)
+
+
+def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, tracking_uri: str | None) -> bool:
     from pipelines import compaction
     from pipelines.checkpoints import final_models
     from pipelines.config import StorageError
@@ -223,12 +233,15 @@ def export(
 def compact(out: Out, sweep: Sweep = None) -> None:
     """Put each table of a sweep into one file, read it back, then delete the parts."""
     from pipelines import compaction
+    from pipelines.journal import Journal
     from pipelines.records import Store
 
     with _one_line():
         store = Store(out)
-        for done in compaction.compact(store, _sweep(store, sweep)):
-            typer.echo(f"{done.table}: {done.parts} files into one, {done.rows} rows")
+        sweep_id = _sweep(store, sweep)
+        with Journal(out, sweep_id).driving():
+            for done in compaction.compact(store, sweep_id):
+                typer.echo(f"{done.table}: {done.parts} files into one, {done.rows} rows")
 
 
 def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -25,7 +26,7 @@ from pipelines.records import EpochRecord, PowerRecord, Store, TrialRecord
 from pipelines.tracking import Tracker
 from pipelines.trial_rows import parse_row
 
-_RENEW_EVERY_S = 5.0
+_LOOK_EVERY_S = 5.0
 #: Without a limit of the user's, a trial is taken for hung after so many times the longest stretch between reports.
 _HUNG_FACTOR, _HUNG_LEAST_S = 20.0, 900.0
 
@@ -34,10 +35,16 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
     """Follows the trials in the driver."""
 
     def __init__(
-        self, plan: SweepPlan, out: str, tracking_uri: str | None, budget: Budget, timeout_s: float | None = None
+        self,
+        plan: SweepPlan,
+        out: str,
+        tracking_uri: str | None,
+        budget: Budget,
+        timeout_s: float | None = None,
+        book: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.out, self.tracking_uri, self.budget = plan, out, tracking_uri, budget
-        self.timeout_s = timeout_s
+        self.timeout_s, self.book = timeout_s, book
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -62,7 +69,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self.hung: set[str] = set()
         self.written: set[str] = set()  # trials that wrote their own row
         self.longest_s = 0.0
-        self._renewed_s = 0.0
+        self._looked_s = 0.0
 
     def close(self) -> None:
         """Wait for MLflow to hold what was seen."""
@@ -111,12 +118,13 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self._write_missing(trial, self._cause(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look for hung trials, and say that this driver is alive."""
+        """Look for hung trials, and book how long this session has run: it may end by SIGKILL."""
         now = time.monotonic()
-        if now - self._renewed_s < _RENEW_EVERY_S:
+        if now - self._looked_s < _LOOK_EVERY_S:
             return
-        self._renewed_s = now
-        self.journal.renew()
+        self._looked_s = now
+        with contextlib.suppress(OSError):
+            self.book()
         limit_s = self.timeout_s or max(_HUNG_LEAST_S, _HUNG_FACTOR * self.longest_s)
         for trial in trials:
             trial_id = trial.config.get("trial", {}).get("trial_id")

@@ -3,7 +3,8 @@
 OUT/sweeps/<sweep_id>/plan.json              what was asked for
 OUT/sweeps/<sweep_id>/attempts/<trial>-<n>.json   one claim per attempt: configuration, process, joules before it
 OUT/sweeps/<sweep_id>/beats/<host>-<pid>.jsonl    counters of the devices of one actor (see `heartbeat`)
-OUT/sweeps/<sweep_id>/driver.lock            held by the one driver
+OUT/sweeps/<sweep_id>/driver.lock            held by the one driver (driver.json on an object store)
+OUT/sweeps/<sweep_id>/sessions.json          how long each session ran
 OUT/checkpoints/<sweep_id>/<trial>/          see `checkpoints`
 """
 
@@ -13,15 +14,16 @@ import contextlib
 import json
 import os
 import platform
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import pyarrow.fs as pafs
 
 from pipelines import parquet
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, StorageError
 
 #: A remote lease that was not renewed for so long belongs to a driver that is gone.
 LEASE_S = 30.0
@@ -85,9 +87,11 @@ class Journal:
         """Seconds that earlier sessions of this sweep ran."""
         return float(sum(session["seconds"] for session in self.get("sessions.json") or []))
 
-    def add_session(self, seconds: float, joules: float | None) -> None:
-        """Remember a session: how long it ran, and what the whole sweep had drawn when it ended."""
-        self.put("sessions.json", [*(self.get("sessions.json") or []), {"seconds": seconds, "sweep_energy_j": joules}])
+    def book_session(self, session: str, seconds: float, joules: float | None = None) -> None:
+        """Remember how long a session has run, again and again while it does, and last what the sweep had drawn."""
+        others = [entry for entry in self.get("sessions.json") or [] if entry.get("session") != session]
+        mine = {"session": session, "seconds": seconds, "sweep_energy_j": joules}
+        self.put("sessions.json", [*others, mine])
 
     # -- attempts ---------------------------------------------------------------------------------------
 
@@ -128,6 +132,7 @@ class Journal:
 
         Raises:
             ConfigError: another driver is alive.
+            StorageError: there is no writing under OUT.
         """
         if self.local and os.name != "nt":
             with self._locked():
@@ -141,33 +146,56 @@ class Journal:
         """A lock that the kernel gives back when its holder dies, however it dies."""
         import fcntl
 
-        os.makedirs(self.root, exist_ok=True)
-        with open(f"{self.root}/driver.lock", "a+", encoding="utf-8") as lock:
+        try:
+            os.makedirs(self.root, exist_ok=True)
+            lock = open(f"{self.root}/driver.lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise StorageError(
+                f"out: expected a folder that can be written, got {self.out}: {error.strerror or error}"
+            ) from None
+        try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise self._refusal(_read(lock)) from None
-            lock.seek(0)
-            lock.truncate()
-            lock.write(json.dumps(_myself()))
-            lock.flush()
+            with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk has no room for that
+                lock.seek(0)
+                lock.truncate()
+                lock.write(json.dumps(_myself()))
+                lock.flush()
             yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.close()
 
     @contextlib.contextmanager
     def _leased(self) -> Iterator[None]:
+        """A document that says until when, renewed by a thread: whatever the driver waits for, it stays the driver."""
         holder = self.get("driver.json")
         if holder and not holder.get("released") and time.time() - holder["renewed"] < LEASE_S:
             raise self._refusal(holder)
-        self.renew()
+        lease, ended = {**_myself(), "lease": uuid.uuid4().hex}, threading.Event()
+        self.put("driver.json", {**lease, "renewed": time.time()})
+        keeper = threading.Thread(target=self._renew, args=(lease, ended), name="lease", daemon=True)
+        keeper.start()
         try:
             yield
         finally:
-            self.put("driver.json", {**_myself(), "renewed": time.time(), "released": True})
+            ended.set()
+            keeper.join(LEASE_S)
+            with contextlib.suppress(OSError):  # it lapses by itself
+                if self._holds(lease):
+                    self.put("driver.json", {**lease, "renewed": time.time(), "released": True})
 
-    def renew(self) -> None:
-        """Say that this driver is alive (needed on object stores alone)."""
-        if not self.local:
-            self.put("driver.json", {**_myself(), "renewed": time.time()})
+    def _renew(self, lease: Mapping[str, Any], ended: threading.Event) -> None:
+        while not ended.wait(LEASE_S / 6):
+            with contextlib.suppress(Exception):  # a store that is busy: the next time
+                if not self._holds(lease):  # it lapsed (this process stood still), and somebody else took it
+                    return
+                self.put("driver.json", {**lease, "renewed": time.time()})
+
+    def _holds(self, lease: Mapping[str, Any]) -> bool:
+        return bool((self.get("driver.json") or {}).get("lease") == lease["lease"])
 
     def _refusal(self, holder: Any) -> ConfigError:
         who = f"process {holder['pid']} on {holder['host']}" if isinstance(holder, dict) else "another process"

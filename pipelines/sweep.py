@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -30,6 +30,7 @@ from pipelines.model import Hardware, dense_model
 from pipelines.pareto import pareto_fronts
 from pipelines.plan import SweepPlan
 from pipelines.records import EpochRecord, Store, TrialRecord
+from pipelines.resources import Resources, resources_of
 from pipelines.scheduler import ParetoASHA, rungs_of
 from pipelines.search import StudySearch, study_of
 
@@ -46,15 +47,6 @@ _QUIET = {
 
 #: Seconds that an actor has to end in order when its sweep ends.
 _STOP_S = 3.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one trial gets, and how many run at once."""
-
-    cpus: float
-    gpus: int
-    parallel: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +79,7 @@ def run_sweep(
     Args:
         plan: what to run; a plan that was stored under `out` before goes on where it ended.
         out: folder or URI of the results.
-        parallel: trials at once.
+        parallel: trials at once; on a cluster that can grow it may be more than there are GPUs.
         address: `local`, `auto` or `ray://...`.
         tracking_uri: MLflow's address; beside the results where None.
         retries: further attempts of a trial whose process died.
@@ -102,6 +94,7 @@ def run_sweep(
     """
     out = os.fspath(out) if "://" in os.fspath(out) else os.path.abspath(out)
     journal = Journal(out, plan.sweep_id)
+    check_budget(plan, journal)
     ended = None
     with contextlib.ExitStack() as stack:
         begun = journal.has("plan.json")
@@ -111,7 +104,9 @@ def run_sweep(
             preflight(plan.trials or plan.examples())
             check_storage(out, tracking_uri)
             own_ray = stack.enter_context(_connected(address))
-            resources = _resources(plan, parallel)
+            resources = resources_of(plan, parallel, local=address == "local")
+            if resources.waits:
+                print("The cluster has no GPU yet: trials (device: cuda) wait for a node with one.", flush=True)
             check_writable(out)
             if not begun:
                 stack.enter_context(journal.driving())
@@ -164,8 +159,13 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     if work is None:
         return None
     began_s = time.monotonic()
-    follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s)
+
+    def book(joules: float | None = None) -> None:
+        journal.book_session(session, time.monotonic() - began_s, joules)
+
+    follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s, book)
     try:
+        book()
         _fit(_tuner(plan, run, work, store, follower), run)
         if budget.broken is not None:
             raise budget.broken
@@ -182,7 +182,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         ) from None
     finally:
         with contextlib.suppress(OSError):
-            journal.add_session(time.monotonic() - began_s, meter.read_j())
+            book(meter.read_j())
         follower.close()
         with contextlib.suppress(OSError):
             prune_finals(journal, _front_members(store, plan.sweep_id))
@@ -303,24 +303,19 @@ def _connect(address: str) -> bool:
     return True
 
 
-def _resources(plan: SweepPlan, parallel: int | None) -> Resources:
-    trials = plan.trials or plan.examples()
-    count = len(plan.trials) or (plan.samples or 1)
-    cluster: Mapping[str, float] = ray.cluster_resources()
-    cpus, gpus = int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0))
-    if any(config.device == "cuda" for config in trials) and not gpus:
-        raise ConfigError("device: expected a CUDA GPU, got a cluster without one; use device: auto or cpu")
-    wants_gpu = gpus > 0 and any(config.device != "cpu" for config in trials)
-    slots = min(gpus if wants_gpu else cpus, count)
-    parallel = max(1, min(parallel or slots, slots))
-    return Resources(cpus=max(1, cpus // parallel), gpus=1 if wants_gpu else 0, parallel=parallel)
-
-
 def check_storage(out: str, tracking_uri: str | None) -> None:
     """Raises ConfigError where MLflow has no place: beside results on an object store there is none."""
     remote = "://" in out and not out.startswith("file://")
     if remote and not (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         raise ConfigError(f"tracking-uri: expected the address of an MLflow server where OUT is {out}, got none")
+
+
+def check_budget(plan: SweepPlan, journal: Journal) -> None:
+    """Raises ConfigError where joules cannot be counted: heartbeats need a file that can be appended to."""
+    if plan.max_joules is not None and not journal.local:
+        raise ConfigError(
+            "max_joules: expected OUT on a file system, got an object store, where joules are not counted"
+        )
 
 
 def check_writable(out: str) -> None:

@@ -100,6 +100,16 @@ def test_an_out_that_cannot_be_written(
     assert error.count("\n") == 1
 
 
+def test_joules_that_nobody_counts_are_no_budget(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sweep", space_file(tmp_path, tiny), "--out", "memory://budget/out", "--max-joules", "5"]
+    assert joulemoe(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert "max_joules: expected OUT on a file system, got an object store" in error
+    assert error.count("\n") == 1
+
+
 def test_the_hub_out_of_reach_names_the_options(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines import cli_analysis, tracking
+from pipelines.config import ConfigError
+from pipelines.journal import Journal
 from tests.pipelines import synthetic
 from tests.pipelines.synthetic import SWEEP, trial
 
@@ -70,6 +72,17 @@ def test_bad_input_ends_in_one_line_and_code_2(out: str, words: list[str], messa
     assert code == 2
     assert message in problem
     assert len(problem.strip().splitlines()) == 1
+
+
+def test_one_driver_compacts_and_concludes(out: str) -> None:
+    with Journal(out, SWEEP).driving():
+        code, _, problem = run("compact", out)
+        with pytest.raises(ConfigError, match="expected a sweep that nobody drives"):
+            cli_analysis.conclude_sweep(Console(quiet=True), out, SWEEP, None)
+    assert code == 2
+    assert f"expected a sweep that nobody drives, got {SWEEP}" in problem
+    assert len(problem.strip().splitlines()) == 1
+    assert "files into one" in run("compact", out)[1]
 
 
 def test_compare_prints_its_verdict(out: str) -> None:

@@ -208,6 +208,7 @@ def end_drivers(sweep: Sweep, disk: SmallDisk | PlainFolder) -> None:
     driver, workers = stand_at_stages(sweep, "SIGKILL", scheduler="pareto-asha")
     assert sweep.end(driver) == -signal.SIGKILL
     rungs = sweep.rungs()
+    assert sweep.journal.seconds() > 0  # what `--max-hours` counts
     for pid in workers:  # orphans go on, as far as they come until Ray ends them
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)

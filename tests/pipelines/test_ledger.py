@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 from hwcost import DeviceInfo, EnergyMonitor
 from pipelines import heartbeat, ledger, recover
 from pipelines.budget import Budget, stalls
-from pipelines.config import ConfigError, TrialConfig
+from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
+from pipelines.follow import SweepCallback
 from pipelines.journal import Journal
 from pipelines.ledger import Carry
 from pipelines.model import Hardware, build_model
@@ -222,6 +224,47 @@ def test_one_lease_at_a_time_on_an_object_store(tmp_path: Path) -> None:
         pass
     with two.driving():
         assert two.get("driver.json")["pid"] == os.getpid()
+
+
+def test_a_lease_does_not_lapse_while_its_driver_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.journal.LEASE_S", 0.6)
+    one, two = (Journal("memory://leases/long", "s") for _ in range(2))
+    with one.driving():
+        time.sleep(1.5)  # data are loaded, boards are measured, MLflow does not answer
+        with pytest.raises(ConfigError, match="expected a sweep that nobody drives"), two.driving():
+            pass
+        one.put("driver.json", {"lease": "another", "renewed": 0.0})  # taken over after a standstill
+        time.sleep(0.3)
+    assert one.get("driver.json")["lease"] == "another"
+    assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sweeps").touch()
+    with (
+        pytest.raises(StorageError, match="out: expected a folder that can be written"),
+        Journal(str(tmp_path), "s").driving(),
+    ):
+        pass
+
+
+def test_a_session_that_is_killed_counts(tiny: dict[str, Any], tmp_path: Path) -> None:
+    journal, space = (
+        Journal(str(tmp_path), "s"),
+        Space(name="s", question="", fixed=tiny, domains={}, conditions={}, sweep={}),
+    )
+    for seconds in (0.0, 5.0, 10.0):
+        journal.book_session("one", seconds)
+    journal.book_session("two", 7.0, 3.5)
+    assert journal.seconds() == 17.0
+    assert journal.get("sessions.json")[1] == {"session": "two", "seconds": 7.0, "sweep_energy_j": 3.5}
+    booked: list[float] = []
+    plan = plan_sweep(space)
+    follower = SweepCallback(plan, "", None, Budget(plan, lambda: None), None, lambda: booked.append(time.monotonic()))
+    follower.longest_s, follower._looked_s = 0.0, 0.0
+    for iteration in range(3):
+        follower.on_step_end(iteration, [])
+    assert len(booked) == 1  # every few seconds, not at every step
 
 
 def test_an_attempt_that_died_gets_its_row(tiny: dict[str, Any], tmp_path: Path) -> None:
