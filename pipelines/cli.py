@@ -47,11 +47,11 @@ def sweep(
     data: Data = None,
     settings: Settings = None,
     search: Annotated[
-        str | None, typer.Option(help="grid, random, tpe, nsga2 or gp; default: what the space says.")
+        str | None, typer.Option(help="grid, random, tpe, nsga2, gp or cost-aware; default: what the space says.")
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="fifo or pareto-asha; default: what the space says.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Trials in all, for searches that draw.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Replicates of every trial.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Replicates of every trial; grid and random only.")] = None,
     objectives: Annotated[
         list[str] | None, typer.Option("--objective", help="COLUMN or COLUMN:max; two or three times.")
     ] = None,
@@ -128,7 +128,7 @@ def _plan(
     if space is None and not asked and not overrides:
         return plan
     loaded = load_space(find_space(space)) if space is not None else plan.loaded_space()
-    before = {key: getattr(plan, key) for key in options}
+    before = {key: getattr(plan, key) for key in options} | ({"seeds": 1} if plan.is_adaptive else {})
     return plan.extended(plan_sweep(loaded, overrides=overrides, **(before | asked)))
 
 
@@ -184,14 +184,13 @@ def space(
     count = plan.samples if plan.is_adaptive else len(plan.trials)
     console.print(f"{count} trials, {plan.dropped} repeats dropped. {plan.question}", soft_wrap=True)
     if plan.search != "grid":
-        for key, domain in loaded.domains.items():
+        for key, domain in plan.loaded_space().domains.items():
             console.print(f"  {key}: {domain}", soft_wrap=True, markup=False)
     for config in plan.trials:
         console.print(f"  {config.trial_id}  {describe(config)}", soft_wrap=True)
-    if loaded.fixed.get("device") == "cpu" or loaded.name == "quickstart":
-        return
     examples = plan.trials or plan.examples()
-    found = estimate(examples, gpu_name=gpu or _gpu_here(), epoch_tokens=epoch_tokens)
+    gpu = gpu or _gpu_here()
+    found = estimate(examples, gpu_name=gpu, epoch_tokens=epoch_tokens)
     share = (count or 1) / len(examples)
     basis = f"profile {found.profile}" + (", analytic: nothing was calibrated for it" if found.analytic else "")
     console.print(
@@ -201,6 +200,8 @@ def space(
         soft_wrap=True,
         markup=False,
     )
+    if gpu is None or any(config.device == "cpu" for config in examples):
+        console.print("That is for a GPU: a CPU takes longer, compiles nothing, and its joules are modelled too.")
 
 
 def _gpu_here() -> str | None:
