@@ -201,7 +201,9 @@ def space(
         markup=False,
     )
     if gpu is None or any(config.device == "cpu" for config in examples):
-        console.print("That is for a GPU: a CPU takes longer, compiles nothing, and its joules are modelled too.")
+        console.print(
+            "That is for a GPU: a CPU takes longer, compiles nothing, and its joules are modelled too.", soft_wrap=True
+        )
 
 
 def _gpu_here() -> str | None:
