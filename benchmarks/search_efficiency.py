@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import random
 import subprocess
@@ -40,6 +41,8 @@ from tune_spaces import Grid, Space
 SHARE = 0.99
 BAR_OF_RIVAL, BAR_OF_GRID = 0.60, 0.25
 MOASHA = "Syne Tune MOASHA"
+#: Share of a repetition that never reached the goal.
+NEVER = math.inf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +207,7 @@ OURS = ("cost-aware", "cost-aware + pareto-asha")
 
 
 def spent_until(table: Table, search: str, seed: int) -> float:
-    """Joules until the share of the hypervolume is reached, over the whole grid's; 1 where it never is."""
+    """Joules until the share of the hypervolume is reached, over the whole grid's; NEVER where it is not."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     propose, stopping = SEARCHES[search]
     proposals = propose(table, seed)
@@ -220,7 +223,7 @@ def spent_until(table: Table, search: str, seed: int) -> float:
                     return spent / table.joules
             member = proposals.send(ended)
     except StopIteration:
-        return 1.0
+        return NEVER
 
 
 def replay(member: Member, rungs: Rungs | None) -> tuple[float, bool]:
@@ -260,7 +263,7 @@ def _counted(table: Table, steps: Sequence[tuple[int, int]]) -> float:
             done.append(member)
             if table.reached(done):
                 return spent / table.joules
-    return 1.0
+    return NEVER
 
 
 def main() -> None:
@@ -294,25 +297,42 @@ def main() -> None:
         show(MOASHA, found[MOASHA])
     judge(found)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        known = {name: [None if share == NEVER else share for share in shares] for name, shares in found.items()}
+        arguments.json.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
 
 def show(name: str, shares: Sequence[float]) -> None:
-    """Median and quartiles of a strategy."""
-    low, middle, high = np.percentile(shares, [25, 50, 75])
-    print(f"{name:<26} {middle:6.1%} of the grid's joules  (quartiles {low:.1%} to {high:.1%})", flush=True)
+    """Median and quartiles of a strategy, and how often it reached the goal where that was not always."""
+    low, middle, high = (words(quantile(shares, q)) for q in (25, 50, 75))
+    reached = sum(share < NEVER for share in shares)
+    often = "" if reached == len(shares) else f", reached in {reached} of {len(shares)}"
+    of_grid = "" if middle == words(NEVER) else " of the grid's joules"
+    print(f"{name:<26} {middle:>6}{of_grid}  (quartiles {low} to {high}{often})", flush=True)
+
+
+def quantile(shares: Sequence[float], percent: float) -> float:
+    """A percentile; NEVER where it lies among repetitions that did not reach the goal."""
+    at, ordered = (len(shares) - 1) * percent / 100, sorted(shares)
+    below, above = ordered[math.floor(at)], ordered[math.ceil(at)]
+    return NEVER if above == NEVER else below + (above - below) * (at % 1)
+
+
+def words(share: float) -> str:
+    """A share of the grid's joules."""
+    return "not reached" if share == NEVER else f"{share:.1%}"
 
 
 def judge(found: dict[str, list[float]]) -> None:
     """Our medians against the bars."""
-    rivals = {name: float(np.median(found[name])) for name in RIVALS if name in found}
+    rivals = {name: quantile(found[name], 50) for name in RIVALS if name in found}
     best = min(rivals, key=lambda name: rivals[name])
     for name in OURS:
-        own = float(np.median(found[name]))
+        own = quantile(found[name], 50)
         met = own <= BAR_OF_RIVAL * rivals[best] and own <= BAR_OF_GRID
+        against = words(NEVER) if NEVER in (own, rivals[best]) else f"{own / rivals[best]:.0%}"
         print(
-            f"{name}: {own / rivals[best]:.0%} of the best rival, {best} (bar {BAR_OF_RIVAL:.0%});"
-            f" {own:.1%} of the grid (bar {BAR_OF_GRID:.0%}): {'met' if met else 'missed'}"
+            f"{name}: {against} of the best rival, {best} (bar {BAR_OF_RIVAL:.0%});"
+            f" {words(own)} of the grid (bar {BAR_OF_GRID:.0%}): {'met' if met else 'missed'}"
         )
     if MOASHA not in found:
         print(

@@ -52,7 +52,7 @@ def sweep(
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="fifo or pareto-asha; default: what the space says.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Trials in all, for searches that draw.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Replicates of every trial.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Replicates of every trial; grid and random only.")] = None,
     objectives: Annotated[
         list[str] | None, typer.Option("--objective", help="COLUMN or COLUMN:max; two or three times.")
     ] = None,
@@ -134,7 +134,7 @@ def _plan(
     if space is None and not asked and not overrides:
         return plan
     loaded = load_space(find_space(space)) if space is not None else plan.loaded_space()
-    before = {key: getattr(plan, key) for key in options}
+    before = {key: getattr(plan, key) for key in options} | ({"seeds": 1} if plan.is_adaptive else {})
     return plan.extended(plan_sweep(loaded, overrides=overrides, **(before | asked)))
 
 
@@ -190,12 +190,10 @@ def space(
     count = plan.samples if plan.is_adaptive else len(plan.trials)
     console.print(f"{count} trials, {plan.dropped} repeats dropped. {plan.question}", soft_wrap=True)
     if plan.search != "grid":
-        for key, domain in loaded.domains.items():
+        for key, domain in plan.loaded_space().domains.items():
             console.print(f"  {key}: {domain}", soft_wrap=True, markup=False)
     for config in plan.trials:
         console.print(f"  {config.trial_id}  {describe(config)}", soft_wrap=True)
-    if loaded.fixed.get("device") == "cpu" or loaded.name == "quickstart":
-        return
     examples = plan.trials or plan.examples()
     name, limit_w = (gpu, None) if gpu else _gpu_here()
     found = estimate(examples, gpu_name=name, power_limit_w=limit_w, epoch_tokens=epoch_tokens)
@@ -209,6 +207,10 @@ def space(
         soft_wrap=True,
         markup=False,
     )
+    if name is None or any(config.device == "cpu" for config in examples):
+        console.print(
+            "That is for a GPU: a CPU takes longer, compiles nothing, and its joules are modelled too.", soft_wrap=True
+        )
 
 
 def _gpu_here() -> tuple[str | None, float | None]:

@@ -24,6 +24,10 @@ Sweep = Annotated[str | None, typer.Option(help="Sweep id; default: the newest."
 Uri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow; default: sqlite in OUT.")]
 Tokens = Annotated[float | None, typer.Option(min=0, help="Tokens decoded over the model's life.")]
 Rows = Annotated[str, typer.Option("--table", help="trials, or points (every epoch boundary).")]
+FrontRows = Annotated[
+    str | None,
+    typer.Option("--table", help="trials, or points (every epoch boundary); default: points where trials are anytime."),
+]
 
 
 class Format(enum.StrEnum):
@@ -59,6 +63,7 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
     from pipelines import compaction
     from pipelines.checkpoints import final_models
     from pipelines.config import StorageError
+    from pipelines.epoch_ends import front_table
     from pipelines.journal import Journal
     from pipelines.pareto import pareto_front
     from pipelines.records import Store
@@ -71,7 +76,7 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
         compaction.compact(store, sweep_id)
     except (OSError, RuntimeError) as error:
         console.print(f"The tables stay in many files ({error}).", markup=False)
-    front = pareto_front(store, sweep_id=sweep_id)
+    front = pareto_front(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
     print_front(front, console)
     if not len(front):
         return False
@@ -102,7 +107,7 @@ def pareto(
     x: Annotated[str, typer.Option(help="COLUMN, COLUMN:min or COLUMN:max.")] = "train_energy_j",
     y: Annotated[str, typer.Option(help="Second axis.")] = "eval_loss_nats",
     z: Annotated[str | None, typer.Option(help="Third axis.")] = None,
-    rows: Rows = "trials",
+    rows: FrontRows = None,
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.table,
     mix: Annotated[bool, typer.Option(help="Put energy sources, GPU models and power limits together.")] = False,
     per_trial: Annotated[bool, typer.Option(help="Do not average over seeds.")] = False,
@@ -110,6 +115,7 @@ def pareto(
     decode_tokens: Tokens = None,
 ) -> None:
     """Print the front, its hypervolume and its knee, from Parquet alone."""
+    from pipelines.epoch_ends import front_table
     from pipelines.pareto import LIFETIME, pareto_front, pareto_fronts
     from pipelines.records import Store
     from pipelines.show import front_csv, print_front
@@ -119,11 +125,12 @@ def pareto(
         x = LIFETIME if decode_tokens is not None and x == "train_energy_j" else x
         make = pareto_fronts if every else lambda *a, **k: [pareto_front(*a, **k)]
         axes = (x, y) if z is None else (x, y, z)
+        sweep_id = _sweep(store, sweep)
         fronts = make(
             store,
             *axes,
-            sweep_id=_sweep(store, sweep),
-            table=rows,
+            sweep_id=sweep_id,
+            table=rows or front_table(store, sweep_id, axes),
             mix=mix,
             per_trial=per_trial,
             decode_tokens=decode_tokens,
@@ -246,6 +253,7 @@ def compact(out: Out, sweep: Sweep = None) -> None:
 
 def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
     """Bring the Parquet rows into MLflow once more."""
+    from pipelines.epoch_ends import front_table
     from pipelines.pareto import pareto_front
     from pipelines.records import Store
     from pipelines.tracking import Tracker
@@ -257,7 +265,8 @@ def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
         count = tracker.mirror(store, sweep_id)
         folder = Path(out) / "report" / sweep_id
         tracker.start_sweep(sweep_id)
-        tracker.finish_sweep(pareto_front(store, sweep_id=sweep_id), artifacts=sorted(folder.glob("*")))
+        front = pareto_front(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
+        tracker.finish_sweep(front, artifacts=sorted(folder.glob("*")))
     typer.echo(f"{count} attempts mirrored to {tracker.uri}")
 
 

@@ -123,6 +123,8 @@ class TrialConfig(pydantic.BaseModel):
             return values
         count = wanted.partition(":")[2] or str(ANYTIME_EPOCHS)
         _expect("epochs", "anytime or anytime:COUNT", wanted.partition(":")[0] == "anytime" and count.isdigit(), wanted)
+        schedule = values.get("schedule", "wsd")
+        _expect("schedule", f"wsd (or none) with epochs: {wanted}", schedule == "wsd", schedule)
         return {**values, "epochs": int(count), "schedule": "wsd", "anytime": True}
 
     @pydantic.model_validator(mode="after")

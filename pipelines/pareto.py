@@ -39,6 +39,7 @@ LABELS = (
 LIFETIME = "lifetime_energy_j"
 #: Derived columns and what they are made of.
 _DERIVED = {LIFETIME: ("train_energy_j", "decode_j_per_token")}
+_MORE = ("gpu_uuid", "anchor_j_per_token", "trial_fingerprint")
 _TABLES: dict[str, type[Record]] = {"trials": TrialRecord, "points": PointRecord}
 
 
@@ -289,15 +290,26 @@ def _load(source: Store | pa.Table, axes: Sequence[Objective], table: str, sweep
     for name in wanted:
         if name not in schema.names or not _is_number(schema.field(name).type):
             raise ValueError(f"axis: expected a numeric column of {table!r}, got {name!r}")
-    extra = (*hygiene.COLUMNS, *LABELS, *map(seeds.uncertainty_column, wanted), "gpu_uuid", "anchor_j_per_token")
+    extra = (*hygiene.COLUMNS, *LABELS, *map(seeds.uncertainty_column, wanted), *_MORE)
     names = [name for name in dict.fromkeys([*wanted, *extra]) if name in schema.names]
     if isinstance(source, pa.Table):
         rows = source.select(names)
         return rows if sweep_id is None else rows.filter(pc.equal(source["sweep_id"], sweep_id))
     rows = with_anchors(source.read(_TABLES[table], sweep_id, columns=names, encode=True), source, sweep_id)
+    if table == "points":
+        rows = _with_corpus(rows, source, sweep_id)
     at = names.index("config_fingerprint")
     coded = rows["config_fingerprint"].combine_chunks().dictionary_encode().indices.cast(hygiene.CODE)
     return rows.set_column(at, "config_fingerprint", coded)
+
+
+def _with_corpus(points: pa.Table, store: Store, sweep_id: str | None) -> pa.Table:
+    """Points with the text that their trials read, so that texts do not mix."""
+    key = ("sweep_id", "trial_id")
+    trials = store.read(TrialRecord, sweep_id, columns=[*key, "corpus_fingerprint"]).to_pylist()
+    known = {(row["sweep_id"], row["trial_id"]): row["corpus_fingerprint"] for row in trials}
+    pairs = zip(*(points[name].to_pylist() for name in key), strict=True)
+    return points.append_column("corpus_fingerprint", pa.array([known.get(pair) for pair in pairs], pa.string()))
 
 
 def _is_number(kind: pa.DataType) -> bool:

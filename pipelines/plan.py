@@ -12,7 +12,7 @@ from glob import glob
 from typing import Any
 
 from pipelines.config import ConfigError, TrialConfig
-from pipelines.records import TrialRecord
+from pipelines.plan_checks import check_objectives, check_search, check_values
 from tune_spaces import CASE, Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform, dump_space, parse_space
 
 _DEFAULT_SAMPLES = 16
@@ -106,13 +106,16 @@ def plan_sweep(
     replaces scheduler, objectives, max_joules, max_hours, stall and anchor of the space's `sweep` section.
 
     Raises:
-        ConfigError: a trial that cannot be, or a space without trials.
+        ConfigError: a trial that cannot be, a value that would make one, a space without trials, or a search that
+            cannot do what it is asked for.
     """
     chosen = dataclasses.replace(space, **_overridden(space, overrides or {}))
     search = search or str(space.sweep.get("search") or ("grid" if chosen.is_grid else "random"))
     seeds = seeds or int(space.sweep.get("seeds") or 1)
     if search not in SEARCHES:
         raise ConfigError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
+    adaptive, rules = search in ADAPTIVE, _rules(space, more)
+    check_search(chosen, search, adaptive=adaptive, seeds=seeds, objectives=rules["objectives"])
     samples = samples or int(space.sweep.get("samples") or _DEFAULT_SAMPLES)
     points = list(chosen.grid_points()) if search == "grid" else _draws(chosen, samples)
     configs = [TrialConfig.parse(_located(point)) for point in points]
@@ -123,9 +126,8 @@ def plan_sweep(
     trials = [c.model_copy(update={"seed": c.seed + replicate}) for replicate in range(seeds) for c in kept]
     if not trials:
         raise ConfigError(f"trial: expected at least one trial in the space {space.name}, got none")
-    adaptive = search in ADAPTIVE
-    if adaptive and CASE in chosen.domains:
-        raise ConfigError(f"search: expected grid or random for a space with {CASE!r}, got {search!r}")
+    if search != "grid":
+        check_values(chosen, adaptive=adaptive)
     return SweepPlan(
         sweep_id=sweep_id or new_sweep_id(space.name),
         space=space.name,
@@ -136,7 +138,7 @@ def plan_sweep(
         search=search,
         samples=None if search == "grid" else samples,
         seeds=seeds,
-        **_rules(space, more),
+        **rules,
     )
 
 
@@ -149,13 +151,7 @@ def _rules(space: Space, more: Mapping[str, Any]) -> dict[str, Any]:
     if rules["scheduler"] not in SCHEDULERS:
         raise ConfigError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {rules['scheduler']!r}")
     rules["objectives"] = tuple(rules["objectives"] or OBJECTIVES)
-    columns = {field.name for field in dataclasses.fields(TrialRecord)}
-    for axis in rules["objectives"]:
-        name, _, direction = str(axis).partition(":")
-        if name not in columns or direction not in ("", "min", "max"):
-            raise ConfigError(f"objectives: expected a column of trials (and :min or :max), got {axis!r}")
-    if not 2 <= len(rules["objectives"]) <= 3:
-        raise ConfigError(f"objectives: expected two or three, got {len(rules['objectives'])}")
+    check_objectives(rules["objectives"])
     for key in ("max_joules", "max_hours", "stall"):
         if rules[key] is not None and not float(rules[key]) > 0:
             raise ConfigError(f"{key}: expected a number above 0, got {rules[key]!r}")

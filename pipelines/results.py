@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines import chart, hygiene
+from pipelines.epoch_ends import POINTS, front_table
 from pipelines.pareto import Front, pareto_front
 from pipelines.records import AnchorRecord, EpochRecord, PowerRecord, Store, TrialRecord
 from pipelines.show import axis_title, number
@@ -38,6 +39,7 @@ class Results:
     Attributes:
         trials: rows of `trials`, the last attempt of each.
         front: loss against training joules.
+        by_points: the front is of the points that anytime trials passed through.
         seconds: loss against training seconds; None where no trial has both.
         curves: rows of `epochs` by trial, in order; of an epoch that was repeated the last attempt's.
         links: address of each trial's MLflow run.
@@ -49,6 +51,7 @@ class Results:
     store: Store
     trials: tuple[dict[str, Any], ...]
     front: Front
+    by_points: bool
     seconds: Front | None
     curves: Mapping[str, list[dict[str, Any]]]
     links: Mapping[str, str]
@@ -109,16 +112,20 @@ def load(out: str | os.PathLike[str], sweep_id: str, links: Mapping[str, str] | 
         last[row["trial_id"]] = row
     seconds = pareto_front(store, "train_duration_s", "eval_loss_nats", sweep_id=sweep_id)
     trials = tuple(last.values())
+    table = front_table(store, sweep_id)
+    front = pareto_front(store, sweep_id=sweep_id, table=table)
+    ends = front.rows(members_only=False) if table == POINTS else []
     return Results(
         out=os.fspath(out),
         sweep_id=sweep_id,
         store=store,
         trials=trials,
-        front=pareto_front(store, sweep_id=sweep_id),
+        front=front,
+        by_points=table == POINTS,
         seconds=seconds if len(seconds) else None,
         curves=_curves(store, sweep_id),
         links=links or {},
-        look=Look.of(trials),
+        look=Look.of([*trials, *ends]),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.chart import Axis, Band, Chart, Key, Line, Point
+from pipelines.epoch_ends import epochs_line
 from pipelines.pareto import Front
 from pipelines.results import Results, joules_word, keys_of, title_of
 from pipelines.section import Section, Sheet
@@ -55,7 +56,7 @@ def front_section(results: Results) -> Section:
             f"attainment). Volume under the mean front {number(front.attainment.mean_hypervolume)}, mean deviation of "
             f"a seed from it {number(front.attainment.deviation)}."
         )
-    text += _hidden_words(front)
+    text += [epochs_line(results.trials), *_hidden_words(front)]
     figure = front_chart(results, front, "front", "Loss against training energy")
     return Section(
         id="front", title="The front", text=tuple(text), figures=(figure,), sheets=(_sheet(results, front),), paper=True
@@ -69,6 +70,8 @@ def seconds_section(results: Results) -> Section | None:
         return None
     both = set(_member_ids(front)) & set(_member_ids(results.front))
     text = f"{len(both)} configurations are on both fronts, {len(front) - len(both)} only on this one."
+    if results.by_points:
+        text += " Seconds are known of whole trials only, so that each stands here with its last number of epochs."
     figure = front_chart(results, front, "seconds", "Loss against training time")
     return Section(
         id="seconds",

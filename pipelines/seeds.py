@@ -29,6 +29,9 @@ class Summary:
         noise_RM: standard uncertainty of each value as measured; 0 where none is known.
         config_R: configuration of each row.
         seed_R: code of each row's seed.
+        trial_R: code of the trial that each row is of; a trial's points share it.
+        end_R: code of each row's place among its trial's points (its number of epochs).
+        group_N: code of what each configuration shares with others that the same trials passed through.
         first_N: first row of each configuration.
         count_N: seeds of each configuration.
         mean_NM: mean over seeds.
@@ -39,6 +42,9 @@ class Summary:
     noise_RM: np.ndarray
     config_R: np.ndarray
     seed_R: np.ndarray
+    trial_R: np.ndarray
+    end_R: np.ndarray
+    group_N: np.ndarray
     first_N: np.ndarray
     count_N: np.ndarray
     mean_NM: np.ndarray
@@ -144,16 +150,32 @@ def summarise(table: pa.Table, columns: Sequence[str], *, per_trial: bool = Fals
         _, first_N, config_R, count_N = np.unique(config_R, return_index=True, return_inverse=True, return_counts=True)
         mean_NM, half_NM = _means(value_RM, noise_RM, config_R, count_N)
     half_NM = np.where(half_NM > 0, half_NM, np.nan)
+    trial_R, end_R, group_R = _trials(table, seed_R)
+    group_N = np.arange(len(first_N))
+    if group_R is not None:
+        _, group_N = np.unique(group_R[first_N], return_inverse=True)
     return Summary(
         value_RM=value_RM,
         noise_RM=noise_RM,
         config_R=config_R,
         seed_R=seed_R,
+        trial_R=trial_R,
+        end_R=end_R,
+        group_N=group_N,
         first_N=first_N,
         count_N=count_N,
         mean_NM=mean_NM,
         half_NM=half_NM,
     )
+
+
+def _trials(table: pa.Table, seed_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Trial, place within it, and experiment of each row; a row of `trials` is a trial of its own (None)."""
+    if not {"trial_fingerprint", "epochs"} <= set(table.column_names) or table.num_rows == 0:
+        return np.arange(table.num_rows), np.zeros(table.num_rows, dtype=np.int64), None
+    group_R = hygiene.codes(table["trial_fingerprint"])[0].astype(np.int64)
+    trial_R = np.unique(group_R * (int(seed_R.max()) + 1) + seed_R, return_inverse=True)[1]
+    return trial_R, table["epochs"].to_numpy().astype(np.int64), group_R
 
 
 def _noise(table: pa.Table, column: str) -> np.ndarray:
@@ -186,6 +208,8 @@ def front_probability(summary: Summary, sign_M: np.ndarray, *, resamples: int, s
     A configuration's few seeds say little about their own spread, so residuals are pooled: each row's deviation
     from its configuration's mean (relative where all values are positive), times sqrt(n / (n - 1)), drawn for
     all objectives of a row together, so that their correlation stays. Meter noise is added as a Gaussian.
+    Points that one trial passed through are not independent: they take the residuals of one other trial, each that
+    of the same number of epochs (or the nearest that trial has), and one draw of meter noise.
 
     Returns:
         Probabilities (N,); None where no configuration has two seeds, or where there are too many.
@@ -197,16 +221,31 @@ def front_probability(summary: Summary, sign_M: np.ndarray, *, resamples: int, s
     scale_NM = np.where((summary.value_RM > 0).all(axis=0), summary.mean_NM, 1.0)
     inflate_R = np.sqrt(summary.count_N / np.maximum(summary.count_N - 1, 1))[summary.config_R]
     residual_RM = (summary.value_RM - summary.mean_NM[summary.config_R]) / scale_NM[summary.config_R]
-    pool_PM = (residual_RM * inflate_R[:, None])[repeated_R]
+    pool_RM = residual_RM * inflate_R[:, None]
+    donor_DE, place_R = _donors(summary, repeated_R)
+    _, trial_R = np.unique(summary.trial_R, return_inverse=True)
     noise_NM = _noise_of_mean(summary)
     rng = np.random.default_rng(seed)
     hits_N = np.zeros(size)
     for _ in range(resamples):
-        drawn_RM = pool_PM[rng.integers(len(pool_PM), size=len(summary.config_R))]
+        drawn_T = rng.integers(len(donor_DE), size=trial_R.max() + 1)
+        drawn_RM = pool_RM[donor_DE[drawn_T[trial_R], place_R]]
         shift_NM = np.stack([np.bincount(summary.config_R, d, size) / summary.count_N for d in drawn_RM.T], axis=1)
-        sample_NM = summary.mean_NM + scale_NM * shift_NM + noise_NM * rng.standard_normal(noise_NM.shape)
+        meter_GM = rng.standard_normal((summary.group_N.max() + 1, noise_NM.shape[1]))
+        sample_NM = summary.mean_NM + scale_NM * shift_NM + noise_NM * meter_GM[summary.group_N]
         hits_N += fronts.nondominated(sample_NM * sign_M)
     return np.asarray(hits_N / resamples)
+
+
+def _donors(summary: Summary, repeated_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row whose residual each donating trial (D) has for each number of epochs (E), and the number's place by row."""
+    ends_E, place_R = np.unique(summary.end_R, return_inverse=True)
+    rows = np.flatnonzero(repeated_R)
+    _, donor_P = np.unique(summary.trial_R[rows], return_inverse=True)
+    order = np.argsort(donor_P, kind="stable")
+    parts = np.split(rows[order], np.cumsum(np.bincount(donor_P))[:-1])
+    nearest = [part[np.abs(summary.end_R[part][:, None] - ends_E).argmin(axis=0)] for part in parts]
+    return np.stack(nearest), place_R
 
 
 def _noise_of_mean(summary: Summary) -> np.ndarray:

@@ -23,6 +23,7 @@ from pipelines.budget import Budget
 from pipelines.checkpoints import prune_finals
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
+from pipelines.epoch_ends import front_table
 from pipelines.follow import SweepCallback
 from pipelines.heartbeat import Meter
 from pipelines.journal import Journal
@@ -205,8 +206,8 @@ def _with_rows(store: Store, plan: SweepPlan) -> set[tuple[str, int]]:
 
 
 def _front_members(store: Store, sweep_id: str) -> set[str]:
-    """Trials whose configuration is on a front."""
-    fronts = pareto_fronts(store, sweep_id=sweep_id)
+    """Trials whose configuration is on a front; of anytime trials any point of it."""
+    fronts = pareto_fronts(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
     return {trial for front in fronts for row in front.rows() for trial in str(row["trial_id"]).split()}
 
 

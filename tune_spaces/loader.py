@@ -11,8 +11,8 @@
     sweep:
       seeds: 2
 
-A `when` keeps a key only in trials whose other keys have one of the named values. The loader knows the
-file's form; what the keys of `trial` mean is `pipelines.config`'s.
+A `when` keeps a key only in trials whose other keys have one of the named values (which must be among those that
+they take; no circles). The loader knows the file's form; what the keys of `trial` mean is `pipelines.config`'s.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def load_space(path: str | Path) -> Space:
         raise SpaceError(f"space {path}: expected YAML, got {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise SpaceError(f"space {path}: expected keys 'trial', 'question', 'sweep', got {_name(document)}")
-    return parse_space(path.stem, document)
+    space = parse_space(path.stem, document)
+    _check_conditions(space)
+    return space
 
 
 def dump_space(space: Space) -> dict[str, Any]:
@@ -201,14 +203,14 @@ def parse_space(name: str, document: Mapping[str, Any]) -> Space:
     in_cases = _keys_of_cases(domains.get(CASE))
     for key, when in conditions.items():
         for other in when:
-            if other not in trial and other not in in_cases:
+            if other == CASE or (other not in trial and other not in in_cases):
                 raise SpaceError(f"{key}.when: expected a key of this trial, got {other!r}")
     return Space(
         name=name,
         question=str(document.get("question") or ""),
         fixed=fixed,
         domains=domains,
-        conditions=conditions,
+        conditions=_in_order(conditions),
         sweep=sweep,
     )
 
@@ -226,6 +228,57 @@ def _keys_of_cases(cases: Domain | None) -> set[str]:
         if not isinstance(value, dict):
             raise SpaceError(f"{CASE}: expected a grid or choice of mappings {{key: value}}, got {_name(value)}")
     return {key for value in values for key in value}
+
+
+def _check_conditions(space: Space) -> None:
+    """Raises SpaceError where a condition names a value that its key never takes."""
+    for key, when in space.conditions.items():
+        for other, allowed in when.items():
+            _check_allowed(space, key, other, allowed)
+
+
+def _in_order(conditions: Mapping[str, Conditions]) -> dict[str, Conditions]:
+    """Conditions such that what a key waits for is decided before it.
+
+    Raises:
+        SpaceError: a key waits for itself.
+    """
+    ordered: dict[str, Conditions] = {}
+
+    def add(key: str, above: tuple[str, ...]) -> None:
+        if key in above:
+            raise SpaceError(f"{key}.when: expected keys that do not depend on {key!r}, got a circle")
+        for other in conditions.get(key, {}):
+            add(other, (*above, key))
+        if key in conditions:
+            ordered[key] = conditions[key]
+
+    for key in conditions:
+        add(key, ())
+    return ordered
+
+
+def _check_allowed(space: Space, key: str, other: str, allowed: tuple[Any, ...]) -> None:
+    domain, listed = space.domains.get(other), list[Any]()
+    if other in space.fixed:
+        listed.append(space.fixed[other])
+    if isinstance(domain, Grid | Choice):
+        listed += domain.values
+    cases = space.domains.get(CASE)
+    if isinstance(cases, Grid | Choice):
+        listed += [case[other] for case in cases.values if other in case]
+    if other in space.conditions or (other not in space.fixed and domain is None):
+        listed.append(None)  # where it does not apply
+    for value in allowed:
+        in_range = isinstance(domain, Uniform | LogUniform | IntRange) and _in_range(domain, value)
+        if value not in listed and not in_range:
+            values = ", ".join(map(str, listed)) or str(domain)
+            raise SpaceError(f"{key}.when.{other}: expected a value that {other} takes ({values}), got {_name(value)}")
+
+
+def _in_range(domain: Uniform | LogUniform | IntRange, value: Any) -> bool:
+    number = _number(value)
+    return number is not None and domain.low <= number <= domain.high
 
 
 def _check_sweep(sweep: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import math
 from pathlib import Path
@@ -262,6 +263,12 @@ def sweep(sizes: tuple[int, int, int] = (2, 3, 3), seed: int = 0) -> list[TrialR
     return rows
 
 
+def anytime(sizes: tuple[int, int, int] = (2, 2, 2)) -> list[TrialRecord]:
+    """The same sweep with trials that pass through every number of epochs."""
+    config = '{"anytime": true, "epochs": 2}'
+    return [dataclasses.replace(row, config_json=config, schedule="wsd") for row in sweep(sizes)]
+
+
 def write(out: Path | str, rows: list[TrialRecord]) -> Store:
     """A store with all four tables of these trials."""
     store = Store(out)
@@ -285,6 +292,7 @@ def write(out: Path | str, rows: list[TrialRecord]) -> Store:
                 energy_lambda=row.energy_lambda,
                 top_k=row.top_k,
                 epochs=curve.epoch,
+                schedule=row.schedule,
                 eval_loss_nats=curve.eval_loss_nats,
                 train_energy_j=curve.train_energy_j,
                 energy_source=row.energy_source,

@@ -12,6 +12,9 @@ import yaml
 
 from pipelines.cli import main
 from pipelines.hub import prepare_hub
+from pipelines.journal import Journal
+from pipelines.plan import plan_sweep
+from tune_spaces import load_space
 
 
 def joulemoe(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -27,7 +30,8 @@ def space_file(tmp_path: Path, trial: dict[str, Any]) -> str:
     return str(path)
 
 
-BAD = [
+SEARCHED: dict[str, Any] = {"top_k": {"choice": [1, 2]}}
+BAD: list[tuple[dict[str, Any], list[str], str]] = [
     ({"lambda": 0.1}, [], "lambda: unknown key; expected one of"),
     ({"energy_lambda": -1}, [], "energy_lambda: expected greater than or equal to 0, got -1"),
     ({"energy_lambda": {"grid": [0.1, -1]}}, [], "energy_lambda: expected greater than or equal to 0, got -1"),
@@ -39,6 +43,18 @@ BAD = [
     ({}, ["--data", "SHORT", "--tokenizer", "embedded"], "data: expected at least one block of 64 tokens"),
     ({}, ["--set", "epochs"], "--set: expected KEY=VALUE, got 'epochs'"),
     ({}, ["--search", "magic"], "search: expected one of grid"),
+    (SEARCHED, ["--search", "tpe", "--seeds", "3"], "--seeds: expected 1 with search tpe"),
+    (SEARCHED, ["--search", "cost-aware", "--seeds", "2"], "--seeds: expected 1 with search cost-aware"),
+    ({}, ["--search", "tpe"], "search: expected a space with domains for tpe, got fixed values only"),
+    ({}, ["--objective", "router", "--objective", "eval_loss_nats"], "objectives: expected a column of numbers"),
+    ({"top_k": {"choice": [1, 1, 1, 99]}}, ["--search", "tpe"], "top_k: expected at most 4"),
+    (
+        {"top_k": {"grid": [1], "when": {"router": "nosuch"}}},
+        [],
+        "top_k.when.router: expected a value that router takes",
+    ),
+    ({"top_k": {"grid": [1], "when": {"top_k": 1}}}, [], "top_k.when: expected keys that do not depend on 'top_k'"),
+    ({"epochs": "anytime", "schedule": "cosine"}, [], "schedule: expected wsd (or none) with epochs: anytime"),
 ]
 
 
@@ -158,3 +174,42 @@ def test_a_variable_that_cannot_be_is_named_in_one_line(
     error = capsys.readouterr().err
     assert error == ("joulemoe: JOULEMOE_WATTS_PER_CORE: expected watts of one core, between 0 and 1000; got 'abc'\n")
     assert not out.exists()
+
+
+def test_more_seeds_of_an_adaptive_sweep_are_refused_at_resume(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_sweep(load_space(space_file(tmp_path, tiny | SEARCHED)), search="tpe", samples=2, sweep_id="s")
+    out = tmp_path / "out"
+    Journal(str(out), "s").put("plan.json", plan.to_document())
+    before = sorted(out.rglob("*"))
+    assert joulemoe(monkeypatch, "sweep", "--resume", "s", "--seeds", "3", "--out", str(out)) == 2
+    error = capsys.readouterr().err
+    assert "--seeds: expected 1 with search tpe" in error
+    assert error.count("\n") == 1
+    assert sorted(out.rglob("*")) == before
+
+
+def test_space_prints_an_estimate_of_the_quickstart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert joulemoe(monkeypatch, "space", "quickstart") == 0
+    assert "Training, modelled (" in capsys.readouterr().out
+
+
+def test_space_prints_an_estimate_for_a_cpu_too(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert joulemoe(monkeypatch, "space", space_file(tmp_path, tiny | {"device": "cpu"}), "--gpu", "NVIDIA H200") == 0
+    said = capsys.readouterr().out
+    assert "Training, modelled (" in said
+    assert "That is for a GPU" in said
+
+
+def test_space_lists_no_domain_that_was_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert joulemoe(monkeypatch, "space", "full_design", "--set", "top_k=1", "--set", "router=topk") == 0
+    said = capsys.readouterr().out
+    assert "learning_rate: LogUniform" in said
+    assert "top_k: Choice" not in said

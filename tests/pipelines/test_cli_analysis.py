@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 
 from pipelines import cli_analysis, tracking
 from pipelines.config import ConfigError
+from pipelines.epoch_ends import front_table
 from pipelines.journal import Journal
+from pipelines.records import Store
+from pipelines.sweep import _front_members
 from tests.pipelines import synthetic
 from tests.pipelines.synthetic import SWEEP, trial
 
@@ -49,6 +52,30 @@ def test_every_context_on_demand(tmp_path: Path) -> None:
     assert "modelled joules" in shown
     mixed = run("pareto", str(tmp_path), "--mix")[1]
     assert "2 configurations" in mixed
+
+
+def test_a_front_over_epochs_is_drawn_from_points_where_trials_are_anytime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = synthetic.write(tmp_path, synthetic.anytime((1, 3, 2)))
+    shown, out = io.StringIO(), str(tmp_path)
+    assert cli_analysis.conclude_sweep(Console(file=shown, width=200), out, SWEEP, None)
+    assert "of 6 configurations" in shown.getvalue()
+    assert "epochs" in shown.getvalue()
+    document = json.loads(run("pareto", out, "--format", "json")[1])
+    assert {row["epochs"] for row in document["front"]} == {1, 2}
+    assert document["context"]["corpus_fingerprint"] == "corpus-a"
+    ends = list(csv.DictReader(io.StringIO(run("pareto", out, "--format", "csv", "--table", "trials")[1])))
+    assert {row["epochs"] for row in ends} == {"2"}
+    assert "of 3 configurations" in run("pareto", out, "--x", "train_duration_s")[1]  # points have no seconds
+    short = {trial for row in document["front"] if row["epochs"] == 1 for trial in row["trial_id"].split()}
+    assert short
+    assert short <= _front_members(store, SWEEP)
+
+
+def test_other_sweeps_draw_their_front_from_trials(out: str) -> None:
+    assert front_table(Store(out), SWEEP) == "trials"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.estimate import epochs_trained, estimate
 from pipelines.plan import SweepPlan, plan_sweep
-from tune_spaces import Grid, LogUniform, Space, SpaceError, Uniform, load_space, shipped_spaces
+from tune_spaces import Choice, Grid, IntRange, LogUniform, Space, SpaceError, Uniform, load_space, shipped_spaces
 
 
 def space(fixed: dict[str, Any], domains: dict[str, Any], **sweep: Any) -> Space:
@@ -113,12 +113,64 @@ def test_more_seeds_and_samples_only_add(tiny: dict[str, Any]) -> None:
         ({"scheduler": "hyperband"}, "scheduler: expected one of fifo, pareto-asha"),
         ({"objectives": ["eval_loss_nats"]}, "objectives: expected two or three"),
         ({"objectives": ["joy", "eval_loss_nats"]}, "objectives: expected a column of trials"),
+        ({"objectives": ["router", "eval_loss_nats"]}, "objectives: expected a column of numbers, got 'router'"),
+        ({"objectives": ["throttled", "eval_loss_nats"]}, "objectives: expected a column of numbers, got 'throttled'"),
         ({"max_joules": -1}, "max_joules: expected a number above 0"),
     ],
 )
 def test_rules_that_cannot_be_are_named(tiny: dict[str, Any], more: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         plan_sweep(space(tiny, {}), **more)
+
+
+ADAPTIVE = [
+    ({}, {"top_k": Grid((1, 2))}, {"seeds": 3}, "--seeds: expected 1 with search tpe, .* got 3"),
+    ({"seeds": 2}, {"top_k": Grid((1, 2))}, {}, "--seeds: expected 1 with search tpe, .* got 2"),
+    ({}, {}, {}, "search: expected a space with domains for tpe, got fixed values only"),
+    ({}, {"top_k": Choice((1, 1, 1, 99))}, {}, "top_k: expected at most 4, the number of experts, got 99"),
+    ({}, {"top_k": IntRange(1, 9)}, {}, "top_k: expected at most 4, the number of experts"),
+    ({}, {"n_head": Choice((2, 4)), "n_embd": Choice((32, 30))}, {}, "n_embd: expected a multiple of n_head"),
+]
+
+
+@pytest.mark.parametrize(("sweep", "domains", "options", "said"), ADAPTIVE, ids=[case[-1][:30] for case in ADAPTIVE])
+def test_what_would_end_an_adaptive_search_half_way_is_refused(
+    tiny: dict[str, Any], sweep: dict[str, Any], domains: dict[str, Any], options: dict[str, Any], said: str
+) -> None:
+    fixed = {key: value for key, value in tiny.items() if key not in domains}
+    with pytest.raises(ConfigError, match=said):
+        plan_sweep(space(fixed, domains, **sweep), search="tpe", **options)
+
+
+def test_cost_aware_takes_two_objectives(tiny: dict[str, Any]) -> None:
+    three = ["train_energy_j", "eval_loss_nats", "train_duration_s"]
+    with pytest.raises(ConfigError, match="objectives: expected two for search cost-aware, got 3"):
+        plan_sweep(space(tiny, {"top_k": Grid((1, 2))}), search="cost-aware", objectives=three)
+
+
+def test_seeds_of_one_are_no_replicates(tiny: dict[str, Any]) -> None:
+    assert plan_sweep(space(tiny, {"top_k": Grid((1, 2))}, seeds=2), search="tpe", seeds=1).seeds == 1
+
+
+def test_every_value_of_a_random_search_is_checked_where_it_applies(tiny: dict[str, Any]) -> None:
+    domains = {"router": Choice(("topk",) * 40 + ("energy",)), "energy_lambda": Choice((0.1,) * 40 + (-1.0,))}
+    fixed = {key: value for key, value in tiny.items() if key not in domains}
+    conditional = Space(
+        name="s",
+        question="q",
+        fixed=fixed,
+        domains=domains,
+        conditions={"energy_lambda": {"router": ("energy",)}},
+        sweep={},
+    )
+    with pytest.raises(ConfigError, match="energy_lambda: expected greater than or equal to 0, got -1"):
+        plan_sweep(conditional, samples=2)
+
+
+def test_anytime_with_another_schedule_is_refused(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"schedule: expected wsd \(or none\) with epochs: anytime:3, got 'cosine'"):
+        TrialConfig.parse(tiny | {"epochs": "anytime:3", "schedule": "cosine"})
+    assert TrialConfig.parse(tiny | {"epochs": "anytime:3", "schedule": "wsd"}).anytime
 
 
 def test_anytime_is_every_number_of_epochs_up_to_one(tiny: dict[str, Any]) -> None:

@@ -150,6 +150,20 @@ def test_the_page_says(page: Path, words: str) -> None:
     assert words in page.read_text()
 
 
+def test_the_report_says_what_epochs_are(page: Path, tmp_path: Path) -> None:
+    assert "Each number of epochs is a trial of its own (cosine)." in page.read_text()
+    synthetic.write(tmp_path, synthetic.anytime())
+    text = write_report(tmp_path, SWEEP, papers="none")[0].read_text()
+    outline(text)
+    assert "Epochs are points of one trial (anytime)" in text
+    assert "a trial of its own" not in text
+    results = load(tmp_path, SWEEP)
+    assert results.by_points
+    assert {row["epochs"] for row in results.front.rows()} == {1, 2}
+    assert "1 epoch" in text
+    assert "Seconds are known of whole trials only" in text
+
+
 def test_names_from_data_are_escaped(tmp_path: Path) -> None:
     evil = [
         trial("a", router=EVIL, gpu_name=EVIL, host=EVIL, price_profile=EVIL, error=None),

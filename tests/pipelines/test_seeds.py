@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pipelines import seeds
-from pipelines.records import TrialRecord, to_table
+from pipelines.records import PointRecord, TrialRecord, to_table
 from tests.pipelines import synthetic
-from tests.pipelines.synthetic import trial
+from tests.pipelines.synthetic import point, trial
 
 AXES = ("train_energy_j", "eval_loss_nats")
 SIGN = np.ones(2)
@@ -102,6 +104,55 @@ def test_attainment_takes_only_seeds_that_all_have() -> None:
     found = seeds.attainment(summary(rows), SIGN)
     assert found is not None
     assert found.seeds == 3  # configuration b has no full set, so it stays out
+
+
+def anytime_points(seeds_of: int = 4) -> list[PointRecord]:
+    """Two experiments, a little apart, each of two numbers of epochs: seeds shift a whole trial, not its points."""
+    shifts = np.linspace(-0.02, 0.02, seeds_of)
+    return [
+        point(
+            f"{name}{s}",
+            config_fingerprint=f"{name}-{end}",
+            trial_fingerprint=name,
+            seed=s,
+            epochs=end,
+            train_energy_j=100.0 * end,
+            train_energy_uncertainty_j=None,
+            eval_loss_nats=3.0 + offset - gain * (end - 1) + shift,
+        )
+        for name, offset, gain in (("a", 0.0, 0.01), ("b", 0.5, 0.01))
+        for s, shift in enumerate(shifts)
+        for end in (1, 2)
+    ]
+
+
+def test_points_of_one_trial_move_together_in_the_bootstrap() -> None:
+    """A second epoch gains 0.01 nat in every trial; seeds spread by 0.02: drawn by point it would often look lost."""
+    rows = anytime_points()
+    whole = seeds.summarise(to_table(PointRecord, rows), AXES)
+    chance = seeds.front_probability(whole, SIGN, resamples=400)
+    assert chance is not None
+    assert chance.tolist() == [1.0, 1.0, 0.0, 0.0]
+    apart = seeds.summarise(to_table(PointRecord, rows).drop_columns(["trial_fingerprint"]), AXES)
+    by_point = seeds.front_probability(apart, SIGN, resamples=400)
+    assert by_point is not None
+    assert 0.5 < by_point[1] < 0.95
+
+
+def test_a_trial_with_fewer_epochs_lends_its_nearest_residual() -> None:
+    rows = [row for row in anytime_points() if row.trial_fingerprint == "a" or row.epochs == 1]
+    chance = seeds.front_probability(seeds.summarise(to_table(PointRecord, rows), AXES), SIGN, resamples=200)
+    assert chance is not None
+    assert chance.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_the_meters_noise_is_drawn_by_trial() -> None:
+    """Joules of both ends are off together: the longer end is never cheaper than the shorter one."""
+    rows = [dataclasses.replace(row, train_energy_uncertainty_j=80.0 * row.epochs) for row in anytime_points()]
+    rows = [dataclasses.replace(row, eval_loss_nats=3.0) for row in rows if row.trial_fingerprint == "a"]
+    chance = seeds.front_probability(seeds.summarise(to_table(PointRecord, rows), AXES), SIGN, resamples=500)
+    assert chance is not None
+    assert chance[1] < 0.02
 
 
 def test_uncertainty_columns() -> None:

@@ -74,6 +74,23 @@ trial:
     ]
 
 
+def test_a_condition_on_a_key_that_does_not_apply_itself_fails_in_any_order(tmp_path: Path) -> None:
+    space = load_space(
+        write(
+            tmp_path,
+            """
+trial:
+  a: {grid: [1, 2], when: {b: x}}
+  b: {grid: [x], when: {c: [u, v]}}
+  c: {grid: [u, w, v]}
+  d: {uniform: [0, 1], when: {a: 2}}
+""",
+        ).with_suffix(".yaml")
+    )
+    assert space.resolve({"a": 1, "b": "x", "c": "w", "d": 0.5}) == {"c": "w"}
+    assert space.resolve({"a": 2, "b": "x", "c": "u", "d": 0.5}) == {"a": 2, "b": "x", "c": "u", "d": 0.5}
+
+
 def test_a_cases_keys_are_tried_together(tmp_path: Path) -> None:
     space = load_space(
         write(
@@ -112,6 +129,20 @@ trial:
         ("trial: {top_k: {uniform: [1]}}", "top_k.uniform: expected [low, high]"),
         ("trial: {a: {grid: [1], when: {b: 1}}}", "a.when: expected a key of this trial, got 'b'"),
         ("trial: {a: {grid: [1], when: 3}}", "a.when: expected {other_key: value or list}"),
+        (
+            "trial: {r: {grid: [x, y]}, a: {grid: [1], when: {r: z}}}",
+            "a.when.r: expected a value that r takes (x, y), got 'z'",
+        ),
+        ("trial: {r: x, a: {grid: [1], when: {r: [x, z]}}}", "a.when.r: expected a value that r takes (x), got 'z'"),
+        ("trial: {r: {int: [1, 3]}, a: {grid: [1], when: {r: 4}}}", "a.when.r: expected a value that r takes"),
+        ("trial: {case: {grid: [{r: x}]}, a: {grid: [1], when: {r: y}}}", "a.when.r: expected a value that r takes"),
+        ("trial: {a: {grid: [1], when: {a: 1}}}", "a.when: expected keys that do not depend on 'a', got a circle"),
+        ("trial: {a: {grid: [1], when: {b: 1}}, b: {grid: [1], when: {a: 1}}}", "got a circle"),
+        (
+            "trial: {c: {grid: [1], when: {a: 1}}, a: {grid: [1], when: {b: 1}}, b: {grid: [1], when: {a: 1}}}",
+            "got a circle",
+        ),
+        ("trial: {case: {grid: [{a: 1}]}, b: {grid: [1], when: {case: 1}}}", "b.when: expected a key of this trial"),
         ("trail: {a: 1}", "space: unknown key 'trail'"),
         ("trial: {}", "trial: expected the keys of a trial"),
         ("trial: {a: 1}\nsweep: {sed: 1}", "sweep: unknown key 'sed'"),
