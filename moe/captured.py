@@ -65,9 +65,10 @@ def _forget(parameters: list[torch.nn.Parameter]) -> None:
 class CapturedForward:
     """Calls a model's forward, and from the third call of a kind on replays it as a CUDA graph.
 
-    Calls are of one kind where their tensors have the same shapes, everything else in them is equal, and so is what the
-    routers keep outside tensors. What a replay returns are the same tensors every time, overwritten by the next one.
-    Where nothing is on a GPU, a kind cannot be captured (a warning) or there are MAX_GRAPHS, the forward runs as it is.
+    Calls are of one kind where their tensors have the same shapes, everything else in them is equal, so is what the
+    routers keep outside tensors, and weights and buffers lie where they lay. What a replay returns are the same tensors
+    every time, overwritten by the next one. Where nothing is on a GPU, a kind cannot be captured (a warning) or there
+    are MAX_GRAPHS, the forward runs as it is.
 
     Args:
         model: whose routers are looked at. forward: takes the model's keyword arguments; must not wait for the device.
@@ -85,7 +86,8 @@ class CapturedForward:
         rest = tuple(sorted((name, value) for name, value in kwargs.items() if name not in tensors))
         shapes = tuple((name, value.shape, value.dtype) for name, value in sorted(tensors.items()))
         state = tuple((router.keep_first, getattr(router, "active", None)) for router in self.model.routers)
-        kind = self._kinds.setdefault((shapes, rest, state, self.model.training), _Kind())
+        where = tuple(t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers()))
+        kind = self._kinds.setdefault((shapes, rest, state, self.model.training, where), _Kind())
         kind.calls += 1
         if kind.graph is None and kind.calls > WARM_UP_CALLS and kind.capturable and self._graphs() < MAX_GRAPHS:
             self._capture(kind, tensors, dict(rest))

@@ -144,7 +144,7 @@ class Adaptation:
 
     def _show_prices(self, stream: Stream) -> None:
         assert stream.learner is not None
-        self.say("prices, µJ: table, learnt [95 % interval], which holds")
+        self.say("prices, µJ: table, learnt [95 % interval], which to believe (routers keep the table's)")
         for p in stream.learner.prices():
             held = "learnt" if p.trusted else "table"
             self.say(

@@ -17,6 +17,7 @@ from hwcost import CostModel, EnergyMonitor, EnergyWindow, Measurement
 from hwcost.cost_model import Conditions
 from hwcost.ops import ModelShape
 from moe import EnergyAwareTTTRouter, HardwareFeedback, PriceLearner, Reach, TTTReport
+from moe.captured import WARM_UP_CALLS
 from moe.routing import count_E
 
 SETTLE_S = 0.2
@@ -48,19 +49,19 @@ class Window:
 
 @dataclasses.dataclass
 class Counts:
-    """What the cost of a span is made of, summed on the device until a window ends."""
+    """What the cost of a span is made of, summed on the device until a window ends. `open_E` counts openings."""
 
     tokens: int = 0
     chosen_E: torch.Tensor | None = None
-    opens: torch.Tensor | None = None
+    open_E: torch.Tensor | None = None
 
     def add(self, routings: Sequence[Any], tokens: int) -> None:
         """One chunk."""
         chosen = torch.stack([count_E(r.expert_TK, r.kept(), r.num_experts) for r in routings])
         self.tokens += tokens
-        total_E, opens = chosen.sum(dim=0), (chosen > 0).sum()
+        total_E, open_E = chosen.sum(dim=0), (chosen > 0).sum(dim=0)
         self.chosen_E = total_E if self.chosen_E is None else self.chosen_E + total_E
-        self.opens = opens if self.opens is None else self.opens + opens
+        self.open_E = open_E if self.open_E is None else self.open_E + open_E
 
 
 class Pace:
@@ -123,7 +124,7 @@ class Stream:
     def warm_up(self) -> None:
         """Build the code of predicting and learning, and find out what learning costs. Router and λ stay."""
         state = self.ttt.state()
-        for _ in range(3):
+        for _ in range(WARM_UP_CALLS + 2):  # one call captures
             took_s = []
             for work in (lambda: self.ttt.predict(self.chunk()), lambda: self.ttt.ttt_update(update=True)):
                 start_s = time.monotonic()
@@ -285,14 +286,15 @@ def price_learner(
     dynamic_j = (cost.energy_j - cost.static_j - cost.thermal_j) / seq_len
     table = {"token": max(dynamic_j - experts_j, 0.2 * dynamic_j)}
     table |= {f"join {width}": j for width, j in sorted(by_width.items())}
-    table["open"] = sum(prices.open_j) / len(by_width)
+    table["open"] = sum(prices.open_j) / sum(w > 0 for w in shape.expert_widths)
     if cost_model.profile.leak_w_per_c > 0:
         table["degree second"] = cost_model.profile.leak_w_per_c
 
     def read(counts: Counts, measured: Measurement) -> tuple[dict[str, float], float] | None:
-        if measured.energy_j is None or counts.chosen_E is None or counts.opens is None:
+        if measured.energy_j is None or counts.chosen_E is None or counts.open_E is None:
             return None
-        values = {"token": float(counts.tokens), "open": float(counts.opens)}
+        opened = sum(n for w, n in zip(shape.expert_widths, counts.open_E.tolist(), strict=True) if w > 0)
+        values = {"token": float(counts.tokens), "open": float(opened)}
         for width, chosen in zip(shape.expert_widths, counts.chosen_E.tolist(), strict=True):
             if width > 0:
                 values[f"join {width}"] = values.get(f"join {width}", 0.0) + chosen
@@ -304,9 +306,13 @@ def price_learner(
 
 
 def dithered(stream: Stream, windows: int, *, spread: float = 2.0, seed: int = 0) -> Iterator[Window]:
-    """Windows with biases drawn anew for each, so that the shares of the experts move: what prices are learnt from."""
+    """Windows with biases drawn anew for each, so that the shares of the experts move: what prices are learnt from.
+    Meanwhile no token is held to the trained router's choice, and nothing learns from such routing."""
     ttt, generator = stream.ttt, torch.Generator().manual_seed(seed)
-    learnt_LE = ttt.offsets()
+    learnt_LE, held, suspended = ttt.offsets(), [router.keep_first for router in ttt.routers], ttt.suspended
+    ttt.suspended = True
+    for router in ttt.routers:
+        router.keep_first = False
     try:
         for _ in range(windows):
             bias_E = spread * torch.randn(learnt_LE.shape[1], generator=generator)
@@ -314,3 +320,6 @@ def dithered(stream: Stream, windows: int, *, spread: float = 2.0, seed: int = 0
             yield from stream.run(1, tell=False)
     finally:
         ttt.apply(learnt_LE)
+        ttt.suspended = suspended
+        for router, keep_first in zip(ttt.routers, held, strict=True):
+            router.keep_first = keep_first

@@ -164,6 +164,8 @@ def compiled_forward(model: Any, **options: Any) -> Callable[..., Any]:
             try:
                 return twin(**kwargs)
             except Exception as error:
+                if model.lm_head.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                    raise  # what cannot be captured may still be compiled
                 broken = True
                 warnings.warn(f"the forward runs without compiled blocks: {first_line(error)}", stacklevel=2)
         return model(**kwargs)

@@ -169,7 +169,18 @@ def test_prices_are_learnt_from_what_was_counted(checkpoint: str) -> None:
     shape = model_shape(loaded.model.config, loaded.hardware)
     learner, read = price_learner(CostModel.for_device(None, None), shape, 32)
     assert set(learner.table_j) >= {"token", "join 32", "join 64", "join 128", "open"}
-    counts = adapting.Counts(tokens=64, chosen_E=torch.tensor([10, 20, 30, 68]), opens=torch.tensor(6))
+    per_expert = CostModel.for_device(None, None).expert_price(
+        d_model=shape.d_model,
+        widths=shape.expert_widths,
+        top_k=shape.top_k,
+        tokens=32,
+        dtype=shape.dtype,
+        phase="prefill",
+    )
+    computing = sum(width > 0 for width in shape.expert_widths)
+    assert learner.table_j["open"] == pytest.approx(sum(per_expert.open_j) / computing)
+    # The last expert is null: choosing it opens nothing.
+    counts = adapting.Counts(tokens=64, chosen_E=torch.tensor([10, 20, 30, 68]), open_E=torch.tensor([2, 1, 3, 2]))
     static_w = CostModel.for_device(None, None).static_w
     found = read(counts, Measurement(name="adapt", energy_j=5.0 + 2 * static_w, duration_s=2.0))
     assert found is not None
