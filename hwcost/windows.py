@@ -117,9 +117,8 @@ class Span:
         power = self._integral(duration, reader)
         if energy is not None and power is not None:
             edges_j = (power.edge_s + max(STEP_S, min_s)) * (power.edge_w or energy / duration)
-            if abs(energy - power.energy_j) > edges_j + 3 * math.hypot(
-                sigma or 0.0, power.sigma_j, power.error * energy
-            ):
+            allowed_j = edges_j + 3 * math.hypot(sigma or 0.0, power.sigma_j, power.error * energy)
+            if abs(energy - power.energy_j) > allowed_j:
                 self.flags.setdefault("counter_disagrees")
         watts = baseline if reader.info.kind == "gpu" else PowerBaseline()
         idle, context, dynamic = _separate(energy, duration, watts, self.context)

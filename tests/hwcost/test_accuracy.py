@@ -174,7 +174,7 @@ def test_an_honest_counter_is_believed_whatever_the_load(bench: Bench, missing: 
     calls = dict.fromkeys(MISSING[missing], fail("NotSupported"))
     monitor = bench.monitor(nvmlDeviceGetPowerUsage=_one_second_mean, **calls)
     rng = np.random.default_rng(3)
-    for _ in range(40):
+    for _ in range(25):
         (window,) = bench.measure(monitor, float(np.exp(rng.uniform(np.log(0.26), np.log(8.0)))))
         assert not {"counter_jump", "counter_disagrees"} & set(window.measurement.flags)
         assert window.measurement.source == "counter"
