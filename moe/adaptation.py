@@ -290,9 +290,10 @@ class EnergyAwareTTTRouter:
             after_LE = shrink * after_LE
             kl = float(_kl_L(after_LE - before_LE, logits, tau).max())
             if kl > self.settings.kl_step:
-                scale, (shrink, _) = 0.0, self._capped(before_LE, trained, self.settings.kl_total, tau)
+                shrink, _ = self._capped(before_LE, trained, self.settings.kl_total, tau)
+                part, kl = self._capped((shrink - 1) * before_LE, logits, self.settings.kl_step, tau)
+                scale, shrink = 0.0, 1 - part * (1 - shrink)  # the rest of the way is for the next updates
                 after_LE = shrink * before_LE
-                kl = float(_kl_L(after_LE - before_LE, logits, tau).max())
         self.apply(after_LE)
         self._null = shrink * (self._null + scale * null_step)
         delta = self._canary_delta(after_LE)

@@ -38,6 +38,11 @@ def weights(ttt: EnergyAwareTTTRouter) -> dict[str, Tensor]:
     return {n: p.clone() for n, p in ttt.model.state_dict().items() if "offset_E" not in n}
 
 
+@torch.no_grad()
+def routed(ttt: EnergyAwareTTTRouter, ids_BS: Tensor) -> list[Tensor]:
+    return [routing.logits_TE for routing in ttt.model(ids_BS, output_routing=True).routing]
+
+
 def test_an_update_changes_the_biases_and_nothing_else(tiny: Build) -> None:
     ttt = adapting(tiny)
     before, config = weights(ttt), ttt.model.config.to_dict()
@@ -93,6 +98,27 @@ def test_the_kl_cap_is_never_exceeded(tiny: Build, rate: float) -> None:
         assert _kl_L(after_LE - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
         trained = [z - b for z, b in zip(logits, before_LE, strict=True)]
         assert _kl_L(after_LE, trained, 1.0).max() <= 4e-3 * 1.001
+
+
+def test_a_retreat_after_a_change_of_text_takes_steps_within_the_cap_too(tiny: Build) -> None:
+    """Biases just within the total cap on one text lie far outside it on another: they come back little by little."""
+    ttt = adapting(tiny, kl_step=1e-3, kl_total=0.05, canary_margin=math.inf)
+    one_BS, other_BS = torch.full((4, 32), 60), text(4, 32, 1)
+    bias_LE = torch.tensor([0.0, 0.0, -9.0, 0.0]).expand(2, 4)
+    one = routed(ttt, one_BS)
+    ttt.apply(ttt._capped(bias_LE, one, 0.0499, 1.0)[0] * bias_LE)
+    totals = []
+    for _ in range(30):
+        before_LE = ttt.offsets()
+        ttt.predict(other_BS)
+        logits = routed(ttt, other_BS)
+        totals.append(float(_kl_L(before_LE, [z - b for z, b in zip(logits, before_LE, strict=True)], 1.0).max()))
+        report = ttt.ttt_update(update=True)
+        assert report.kl <= 1e-3
+        assert _kl_L(ttt.offsets() - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
+    assert totals[0] > 0.1
+    assert totals[1] > 0.051
+    assert totals[-1] <= 0.05 * 1.01
 
 
 def test_each_token_keeps_the_expert_that_the_trained_router_likes_best(tiny: Build) -> None:
