@@ -99,7 +99,7 @@ class TTTReport:
     events: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TTTState:
     """All that adapting has changed, to be given back exactly."""
 
@@ -108,6 +108,10 @@ class TTTState:
     null: float
     energy_lambda: float
     controller: dict[str, Any]
+    chunks: int
+    cost_ratio: float
+    pending: tuple[float, ...]
+    suspended: bool
 
 
 class EnergyAwareTTTRouter:
@@ -169,7 +173,15 @@ class EnergyAwareTTTRouter:
         if controller:
             controller["_recent"] = controller["_recent"].copy()
         return TTTState(
-            self.offsets(), self._kept_LE.clone(), self._null, float(self.model.config.energy_lambda), controller
+            offset_LE=self.offsets(),
+            kept_LE=self._kept_LE.clone(),
+            null=self._null,
+            energy_lambda=float(self.model.config.energy_lambda),
+            controller=controller,
+            chunks=self._chunks,
+            cost_ratio=self._cost_ratio,
+            pending=tuple(self._pending),
+            suspended=self.suspended,
         )
 
     def restore(self, state: TTTState) -> None:
@@ -179,13 +191,14 @@ class EnergyAwareTTTRouter:
         self.model.set_energy_lambda(state.energy_lambda)
         if self.controller is not None:
             vars(self.controller).update(state.controller | {"_recent": state.controller["_recent"].copy()})
-        self._seen_BS, self._pending, self.suspended = None, [0.0, 0.0, 0.0], False
+        self._chunks, self._cost_ratio = state.chunks, state.cost_ratio
+        self._seen_BS, self._pending, self.suspended = None, list(state.pending), state.suspended
 
     def reset(self) -> None:
         """The trained router, and the controller as new."""
         self.apply(torch.zeros_like(self._kept_LE))
         self._kept_LE, self._null, self.suspended = torch.zeros_like(self._kept_LE), 0.0, False
-        self._seen_BS, self._pending = None, [0.0, 0.0, 0.0]
+        self._seen_BS, self._chunks, self._pending = None, 0, [0.0, 0.0, 0.0]
         if self.controller is not None:
             self.controller.reset()
         self.model.set_energy_lambda(self._trained_lambda if self.controller is None else self.controller.energy_lambda)

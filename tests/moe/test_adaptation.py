@@ -221,6 +221,41 @@ def test_reset_and_restore_are_exact(tiny: Build) -> None:
     assert all(torch.equal(after[name], value) for name, value in clean.items())
 
 
+def test_two_requests_from_one_state_update_at_the_same_chunk(tiny: Build) -> None:
+    ttt = adapting(tiny, update_share=0.5)
+    ttt.note_cost(3.0)  # every 6 chunks
+    for step in range(2):
+        ttt.predict(text(2, 16, step))
+    state, follow = ttt.state(), []
+    for _ in range(2):
+        ttt.restore(state)
+        follow.append([(ttt.predict(text(2, 16, step)).item(), ttt.ttt_update().updated) for step in range(9)])
+        ttt.note_cost(0.5)  # measured by one request: not the next one's
+    assert follow[0] == follow[1]
+    assert [updated for _, updated in follow[0]].index(True) == 3
+    ttt.reset()
+    assert ttt.state().chunks == 0
+
+
+def test_a_state_taken_while_suspended_gives_the_learnt_biases_back(tiny: Build) -> None:
+    ttt = adapting(tiny, budget=0.09)
+    ttt.predict(text(2, 16, 0))
+    ttt.ttt_update(update=True)
+    learnt_LE = ttt.offsets()
+    ttt.ttt_update(dataclasses.replace(GOOD, energy_j=None))
+    state = ttt.state()
+    ttt.reset()
+    ttt.restore(state)
+    assert ttt.suspended
+    assert ttt.offsets().abs().max() == 0
+    assert "telemetry back" in ttt.ttt_update(dataclasses.replace(GOOD, duration_s=0.4), update=False).events
+    assert torch.equal(ttt.offsets(), learnt_LE)
+    state = ttt.state()  # within a window
+    ttt.reset()
+    ttt.restore(state)
+    assert ttt.state().pending == (100.0, 1000, 0.4)
+
+
 def test_updates_stay_within_their_share(tiny: Build) -> None:
     ttt = adapting(tiny)
     assert ttt.update_every == 250  # (3 + 2) chunks' worth, at 2 %
