@@ -15,6 +15,7 @@ Shapes: B sequences, S positions, T = B·S, E experts, L MoE layers.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,10 @@ import torch
 from torch import Tensor
 
 from moe.budget import BudgetController
+from moe.routers import EnergyRouter
 from moe.routing import Routing
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class TTTSettings:
         update_share: largest share of the work that updates may be.
         min_window_s: feedback is gathered until it spans this long.
         max_age_s: older telemetry is stale.
-        keep_first: each token keeps the expert that the trained router likes best at this λ.
+        keep_first: each token keeps the expert that the trained router likes best at this λ; router `energy` alone.
     """
 
     learning_rate: float = 0.05
@@ -125,7 +129,8 @@ class EnergyAwareTTTRouter:
         forward: predicts in place of the model: `torch.compile(model)`, say.
 
     Raises:
-        ValueError: a budget for a router on which λ does not act.
+        ValueError: a budget, or `keep_first`, for a router on which λ does not act. Routers on which it does, but which
+            do not know `keep_first` (`opening`, say), run without it, and a warning says so.
     """
 
     def __init__(
@@ -150,10 +155,19 @@ class EnergyAwareTTTRouter:
         self._chunks, self._pending, self.suspended = 0, [0.0, 0.0, 0.0], False
         self._cost_ratio = 3.0 + 2.0  # a forward and a backward, and the canary twice, in chunks; until measured
         self._kept_LE = self.offsets()
+        if self.settings.keep_first and not all(isinstance(router, EnergyRouter) for router in self.routers):
+            self._do_without_keep_first()
         for router in self.routers:
             router.keep_first = self.settings.keep_first
         if controller is not None:
             model.set_energy_lambda(controller.energy_lambda)
+
+    def _do_without_keep_first(self) -> None:
+        name = self.model.config.router
+        if not all(router.priced for router in self.routers):
+            raise ValueError(f"keep_first: expected router 'energy', or keep_first=False, got router {name!r}")
+        log.warning("router %s does not honour keep_first, which is off: a token may lose its best expert", name)
+        self.settings = dataclasses.replace(self.settings, keep_first=False)
 
     # State
 

@@ -184,7 +184,7 @@ def test_poisoned_text_is_reverted_by_the_canary(tiny: Build) -> None:
     ttt = adapting(
         tiny, learning_rate=5.0, kl_step=1.0, kl_total=50.0, kl_weight=0.0, canary_margin=1e-3, keep_first=False
     )
-    poison_BS, events = torch.full((8, 32), 13), []
+    poison_BS, events = torch.full((8, 32), 13), list[str]()
     poison_BS[:, ::3] = 14
     for _ in range(40):
         ttt.predict(poison_BS)
@@ -271,6 +271,23 @@ def test_updates_stay_within_their_share(tiny: Build) -> None:
 def test_a_budget_needs_a_router_on_which_lambda_acts(tiny: Build) -> None:
     with pytest.raises(ValueError, match="router"):
         EnergyAwareTTTRouter(tiny(router="topk"), canary_BS=text(2, 16, 0), controller=BudgetController(1.0, GAINS))
+
+
+def test_keep_first_is_refused_where_the_router_does_not_honour_it(tiny: Build) -> None:
+    model = tiny(router="topk")
+    with pytest.raises(ValueError, match=r"keep_first.*topk"):
+        EnergyAwareTTTRouter(model, canary_BS=text(2, 16, 0))
+    EnergyAwareTTTRouter(model, canary_BS=text(2, 16, 0), settings=TTTSettings(keep_first=False))
+
+
+@pytest.mark.parametrize("name", ["opening", "piggyback"])
+def test_keep_first_is_off_with_a_warning_for_routers_that_adapt_all_the_same(
+    tiny: Build, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ttt = EnergyAwareTTTRouter(tiny(**(KEYS | {"router": name})), canary_BS=text(2, 16, 0))
+    assert f"router {name} does not honour keep_first" in caplog.text
+    assert not ttt.settings.keep_first
+    assert not any(router.keep_first for router in ttt.routers)
 
 
 def test_gradients_that_are_not_finite_change_nothing(tiny: Build) -> None:
