@@ -15,6 +15,7 @@ Shapes: B sequences, S positions, T = B·S, E experts, L MoE layers.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,10 @@ import torch
 from torch import Tensor
 
 from moe.budget import BudgetController
+from moe.routers import EnergyRouter
 from moe.routing import Routing
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class TTTSettings:
         update_share: largest share of the work that updates may be.
         min_window_s: feedback is gathered until it spans this long.
         max_age_s: older telemetry is stale.
-        keep_first: each token keeps the expert that the trained router likes best at this λ.
+        keep_first: each token keeps the expert that the trained router likes best at this λ; router `energy` alone.
     """
 
     learning_rate: float = 0.05
@@ -99,7 +103,7 @@ class TTTReport:
     events: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TTTState:
     """All that adapting has changed, to be given back exactly."""
 
@@ -108,6 +112,10 @@ class TTTState:
     null: float
     energy_lambda: float
     controller: dict[str, Any]
+    chunks: int
+    cost_ratio: float
+    pending: tuple[float, ...]
+    suspended: bool
 
 
 class EnergyAwareTTTRouter:
@@ -121,7 +129,8 @@ class EnergyAwareTTTRouter:
         forward: predicts in place of the model: `torch.compile(model)`, say.
 
     Raises:
-        ValueError: a budget for a router on which λ does not act.
+        ValueError: a budget, or `keep_first`, for a router on which λ does not act. Routers on which it does, but which
+            do not know `keep_first` (`opening`, say), run without it, and a warning says so.
     """
 
     def __init__(
@@ -146,10 +155,19 @@ class EnergyAwareTTTRouter:
         self._chunks, self._pending, self.suspended = 0, [0.0, 0.0, 0.0], False
         self._cost_ratio = 3.0 + 2.0  # a forward and a backward, and the canary twice, in chunks; until measured
         self._kept_LE = self.offsets()
+        if self.settings.keep_first and not all(isinstance(router, EnergyRouter) for router in self.routers):
+            self._do_without_keep_first()
         for router in self.routers:
             router.keep_first = self.settings.keep_first
         if controller is not None:
             model.set_energy_lambda(controller.energy_lambda)
+
+    def _do_without_keep_first(self) -> None:
+        name = self.model.config.router
+        if not all(router.priced for router in self.routers):
+            raise ValueError(f"keep_first: expected router 'energy', or keep_first=False, got router {name!r}")
+        log.warning("router %s does not honour keep_first, which is off: a token may lose its best expert", name)
+        self.settings = dataclasses.replace(self.settings, keep_first=False)
 
     # State
 
@@ -169,7 +187,15 @@ class EnergyAwareTTTRouter:
         if controller:
             controller["_recent"] = controller["_recent"].copy()
         return TTTState(
-            self.offsets(), self._kept_LE.clone(), self._null, float(self.model.config.energy_lambda), controller
+            offset_LE=self.offsets(),
+            kept_LE=self._kept_LE.clone(),
+            null=self._null,
+            energy_lambda=float(self.model.config.energy_lambda),
+            controller=controller,
+            chunks=self._chunks,
+            cost_ratio=self._cost_ratio,
+            pending=tuple(self._pending),
+            suspended=self.suspended,
         )
 
     def restore(self, state: TTTState) -> None:
@@ -179,13 +205,14 @@ class EnergyAwareTTTRouter:
         self.model.set_energy_lambda(state.energy_lambda)
         if self.controller is not None:
             vars(self.controller).update(state.controller | {"_recent": state.controller["_recent"].copy()})
-        self._seen_BS, self._pending, self.suspended = None, [0.0, 0.0, 0.0], False
+        self._chunks, self._cost_ratio = state.chunks, state.cost_ratio
+        self._seen_BS, self._pending, self.suspended = None, list(state.pending), state.suspended
 
     def reset(self) -> None:
         """The trained router, and the controller as new."""
         self.apply(torch.zeros_like(self._kept_LE))
         self._kept_LE, self._null, self.suspended = torch.zeros_like(self._kept_LE), 0.0, False
-        self._seen_BS, self._pending = None, [0.0, 0.0, 0.0]
+        self._seen_BS, self._chunks, self._pending = None, 0, [0.0, 0.0, 0.0]
         if self.controller is not None:
             self.controller.reset()
         self.model.set_energy_lambda(self._trained_lambda if self.controller is None else self.controller.energy_lambda)
@@ -290,9 +317,10 @@ class EnergyAwareTTTRouter:
             after_LE = shrink * after_LE
             kl = float(_kl_L(after_LE - before_LE, logits, tau).max())
             if kl > self.settings.kl_step:
-                scale, (shrink, _) = 0.0, self._capped(before_LE, trained, self.settings.kl_total, tau)
+                shrink, _ = self._capped(before_LE, trained, self.settings.kl_total, tau)
+                part, kl = self._capped((shrink - 1) * before_LE, logits, self.settings.kl_step, tau)
+                scale, shrink = 0.0, 1 - part * (1 - shrink)  # the rest of the way is for the next updates
                 after_LE = shrink * before_LE
-                kl = float(_kl_L(after_LE - before_LE, logits, tau).max())
         self.apply(after_LE)
         self._null = shrink * (self._null + scale * null_step)
         delta = self._canary_delta(after_LE)

@@ -38,6 +38,11 @@ def weights(ttt: EnergyAwareTTTRouter) -> dict[str, Tensor]:
     return {n: p.clone() for n, p in ttt.model.state_dict().items() if "offset_E" not in n}
 
 
+@torch.no_grad()
+def routed(ttt: EnergyAwareTTTRouter, ids_BS: Tensor) -> list[Tensor]:
+    return [routing.logits_TE for routing in ttt.model(ids_BS, output_routing=True).routing]
+
+
 def test_an_update_changes_the_biases_and_nothing_else(tiny: Build) -> None:
     ttt = adapting(tiny)
     before, config = weights(ttt), ttt.model.config.to_dict()
@@ -93,6 +98,27 @@ def test_the_kl_cap_is_never_exceeded(tiny: Build, rate: float) -> None:
         assert _kl_L(after_LE - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
         trained = [z - b for z, b in zip(logits, before_LE, strict=True)]
         assert _kl_L(after_LE, trained, 1.0).max() <= 4e-3 * 1.001
+
+
+def test_a_retreat_after_a_change_of_text_takes_steps_within_the_cap_too(tiny: Build) -> None:
+    """Biases just within the total cap on one text lie far outside it on another: they come back little by little."""
+    ttt = adapting(tiny, kl_step=1e-3, kl_total=0.05, canary_margin=math.inf)
+    one_BS, other_BS = torch.full((4, 32), 60), text(4, 32, 1)
+    bias_LE = torch.tensor([0.0, 0.0, -9.0, 0.0]).expand(2, 4)
+    one = routed(ttt, one_BS)
+    ttt.apply(ttt._capped(bias_LE, one, 0.0499, 1.0)[0] * bias_LE)
+    totals = []
+    for _ in range(30):
+        before_LE = ttt.offsets()
+        ttt.predict(other_BS)
+        logits = routed(ttt, other_BS)
+        totals.append(float(_kl_L(before_LE, [z - b for z, b in zip(logits, before_LE, strict=True)], 1.0).max()))
+        report = ttt.ttt_update(update=True)
+        assert report.kl <= 1e-3
+        assert _kl_L(ttt.offsets() - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
+    assert totals[0] > 0.1
+    assert totals[1] > 0.051
+    assert totals[-1] <= 0.05 * 1.01
 
 
 def test_each_token_keeps_the_expert_that_the_trained_router_likes_best(tiny: Build) -> None:
@@ -158,7 +184,7 @@ def test_poisoned_text_is_reverted_by_the_canary(tiny: Build) -> None:
     ttt = adapting(
         tiny, learning_rate=5.0, kl_step=1.0, kl_total=50.0, kl_weight=0.0, canary_margin=1e-3, keep_first=False
     )
-    poison_BS, events = torch.full((8, 32), 13), []
+    poison_BS, events = torch.full((8, 32), 13), list[str]()
     poison_BS[:, ::3] = 14
     for _ in range(40):
         ttt.predict(poison_BS)
@@ -195,6 +221,41 @@ def test_reset_and_restore_are_exact(tiny: Build) -> None:
     assert all(torch.equal(after[name], value) for name, value in clean.items())
 
 
+def test_two_requests_from_one_state_update_at_the_same_chunk(tiny: Build) -> None:
+    ttt = adapting(tiny, update_share=0.5)
+    ttt.note_cost(3.0)  # every 6 chunks
+    for step in range(2):
+        ttt.predict(text(2, 16, step))
+    state, follow = ttt.state(), []
+    for _ in range(2):
+        ttt.restore(state)
+        follow.append([(ttt.predict(text(2, 16, step)).item(), ttt.ttt_update().updated) for step in range(9)])
+        ttt.note_cost(0.5)  # measured by one request: not the next one's
+    assert follow[0] == follow[1]
+    assert [updated for _, updated in follow[0]].index(True) == 3
+    ttt.reset()
+    assert ttt.state().chunks == 0
+
+
+def test_a_state_taken_while_suspended_gives_the_learnt_biases_back(tiny: Build) -> None:
+    ttt = adapting(tiny, budget=0.09)
+    ttt.predict(text(2, 16, 0))
+    ttt.ttt_update(update=True)
+    learnt_LE = ttt.offsets()
+    ttt.ttt_update(dataclasses.replace(GOOD, energy_j=None))
+    state = ttt.state()
+    ttt.reset()
+    ttt.restore(state)
+    assert ttt.suspended
+    assert ttt.offsets().abs().max() == 0
+    assert "telemetry back" in ttt.ttt_update(dataclasses.replace(GOOD, duration_s=0.4), update=False).events
+    assert torch.equal(ttt.offsets(), learnt_LE)
+    state = ttt.state()  # within a window
+    ttt.reset()
+    ttt.restore(state)
+    assert ttt.state().pending == (100.0, 1000, 0.4)
+
+
 def test_updates_stay_within_their_share(tiny: Build) -> None:
     ttt = adapting(tiny)
     assert ttt.update_every == 250  # (3 + 2) chunks' worth, at 2 %
@@ -210,6 +271,23 @@ def test_updates_stay_within_their_share(tiny: Build) -> None:
 def test_a_budget_needs_a_router_on_which_lambda_acts(tiny: Build) -> None:
     with pytest.raises(ValueError, match="router"):
         EnergyAwareTTTRouter(tiny(router="topk"), canary_BS=text(2, 16, 0), controller=BudgetController(1.0, GAINS))
+
+
+def test_keep_first_is_refused_where_the_router_does_not_honour_it(tiny: Build) -> None:
+    model = tiny(router="topk")
+    with pytest.raises(ValueError, match=r"keep_first.*topk"):
+        EnergyAwareTTTRouter(model, canary_BS=text(2, 16, 0))
+    EnergyAwareTTTRouter(model, canary_BS=text(2, 16, 0), settings=TTTSettings(keep_first=False))
+
+
+@pytest.mark.parametrize("name", ["opening", "piggyback"])
+def test_keep_first_is_off_with_a_warning_for_routers_that_adapt_all_the_same(
+    tiny: Build, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ttt = EnergyAwareTTTRouter(tiny(**(KEYS | {"router": name})), canary_BS=text(2, 16, 0))
+    assert f"router {name} does not honour keep_first" in caplog.text
+    assert not ttt.settings.keep_first
+    assert not any(router.keep_first for router in ttt.routers)
 
 
 def test_gradients_that_are_not_finite_change_nothing(tiny: Build) -> None:
