@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -123,7 +124,7 @@ class Stream:
 
     def warm_up(self) -> None:
         """Build the code of predicting and learning, and find out what learning costs. Router and λ stay."""
-        state = self.ttt.state()
+        state, ratio = self.ttt.state(), math.nan
         for _ in range(WARM_UP_CALLS + 2):  # one call captures
             took_s = []
             for work in (lambda: self.ttt.predict(self.chunk()), lambda: self.ttt.ttt_update(update=True)):
@@ -131,8 +132,9 @@ class Stream:
                 work()
                 self.synchronize()
                 took_s.append(time.monotonic() - start_s)
-            self.ttt.note_cost(took_s[1] / took_s[0])
+            ratio = took_s[1] / took_s[0]
         self.ttt.restore(state)
+        self.ttt.note_cost(ratio)
 
     def run(self, windows: int, *, tell: bool = True) -> Iterator[Window]:
         """So many windows, each yielded once its joules are known, which is a moment into the next one.

@@ -164,6 +164,20 @@ def test_a_hot_gpu_shrinks_the_next_batch_and_it_grows_back(checkpoint: str, met
     assert stream._cool(60.0) == ["batch 3 to 8: 60 °C"]
 
 
+def test_warming_up_keeps_the_routers_and_what_learning_costs(checkpoint: str, meter: Meter) -> None:
+    from moe import EnergyAwareTTTRouter
+
+    loaded = load(checkpoint)
+    blocks_NS = loaded.corpus.splits["train"].blocks_NS
+    ttt = EnergyAwareTTTRouter(loaded.model, canary_BS=blocks_NS[:2].long())
+    before = ttt.state()
+    Stream(ttt, blocks_NS, meter, batch_size=4, window_s=0.1).warm_up()  # type: ignore[arg-type]
+    after = ttt.state()
+    assert torch.equal(after.offset_LE, before.offset_LE)
+    assert (after.chunks, after.energy_lambda) == (before.chunks, before.energy_lambda)
+    assert after.cost_ratio != before.cost_ratio
+
+
 def test_prices_are_learnt_from_what_was_counted(checkpoint: str) -> None:
     loaded = load(checkpoint)
     shape = model_shape(loaded.model.config, loaded.hardware)
