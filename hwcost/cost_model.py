@@ -255,10 +255,7 @@ class CostModel:
         """The largest batch that keeps the GPU `margin_c` below its slowdown threshold; 0 where none does.
 
         A batch is judged by the temperature that it settles at, T_inlet + R_th·P̄, with power taken at the limit, where
-        leakage is highest. A board that is hotter now than the hottest load of the model would make it has air that
-        is warmer by the excess, so that its hottest load settles where it stands: at or below the limit that is safe.
-        A board above the limit gets no batch at all, whatever the model thinks. A hotter reading never gives a larger
-        batch.
+        leakage is highest. A board above the limit gets no batch at all, whatever the model thinks.
         """
         thermal, shape = self.profile.thermal, shape or ModelShape()
         limit_c = thermal.slowdown_c - margin_c

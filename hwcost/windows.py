@@ -15,8 +15,7 @@ from hwcost.readers import DeviceReader, PowerBaseline
 
 POWER_ERRORS = (0.01, 0.03)
 """Relative standard uncertainty of integrated power beside the counter: the driver's ring, and sampled instant power.
-On
-an H200 they were within 0.3 % and 1-3 %."""
+On an H200 they were within 0.3 % and 1-3 %."""
 POWER_EDGES_S = (0.02, 0.1)
 """The spacing of the same samples: how far a window's edges may be off in them."""
 AVERAGED_S = 1.0  # ... where the driver has nothing but a one-second mean

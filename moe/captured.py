@@ -57,6 +57,11 @@ class CapturedBackward:
         return self._report.clone()
 
 
+def pointers(model: Any) -> tuple[int, ...]:
+    """Where the weights and the routers' buffers lie; a graph serves them there alone."""
+    return tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+
+
 def _forget(parameters: list[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
@@ -86,8 +91,8 @@ class CapturedForward:
         rest = tuple(sorted((name, value) for name, value in kwargs.items() if name not in tensors))
         shapes = tuple((name, value.shape, value.dtype) for name, value in sorted(tensors.items()))
         state = tuple((router.keep_first, getattr(router, "active", None)) for router in self.model.routers)
-        where = tuple(t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers()))
-        kind = self._kinds.setdefault((shapes, rest, state, self.model.training, where), _Kind())
+        key = (shapes, rest, state, self.model.training, pointers(self.model))
+        kind = self._kinds.setdefault(key, _Kind())
         kind.calls += 1
         if kind.graph is None and kind.calls > WARM_UP_CALLS and kind.capturable and self._graphs() < MAX_GRAPHS:
             self._capture(kind, tensors, dict(rest))

@@ -92,8 +92,8 @@ class MoEGPT2Config(GPT2Config):
                 raise ValueError(f"{key}: expected {expected}, got {getattr(self, key)!r}")
 
     def _rules(self) -> list[tuple[str, str, bool]]:
-        from moe.registry import ROUTERS
-        from moe.regularizers import REGULARIZERS  # these two import nothing of this file
+        from moe.registry import ROUTERS  # these two import nothing of this file
+        from moe.regularizers import REGULARIZERS
 
         widths, layers, regularizers = self.expert_widths, self.moe_layers, self.regularizers or {}
         unknown = sorted(set(regularizers) - set(REGULARIZERS))

@@ -19,6 +19,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from moe import decode_kernels as kernels
 from moe import expert_decode, fused, opening_kernels
+from moe.captured import pointers
 from moe.experts import Experts
 from moe.opening import EXACT_EXPERTS, OpeningRouter, PiggybackRouter
 from moe.routers import CapacityRouter, EnergyRouter, Router, TopKRouter
@@ -75,7 +76,7 @@ class Decoder:
         self._source = weakref.ref(model)  # decoders are kept by model, and must not keep it alive
         self.config, self.dtype = model.config, dtype
         self.batch, self.length, self.stop, self.graphed = batch, length, stop, graph
-        self.pointers = _pointers(model)
+        self.pointers = pointers(model)
         weight, width = model.lm_head.weight, model.config.n_embd
         self._copy = None if weight.dtype == dtype else copy.deepcopy(model).requires_grad_(False).to(dtype)
         new = functools.partial(torch.zeros, device=weight.device)
@@ -115,7 +116,7 @@ class Decoder:
 
     def fits(self, model: Any, length: int, dtype: torch.dtype) -> bool:
         """Whether this decoder serves such a call: long enough, same type, and weights still where they were."""
-        return self.length >= length + SPARE and self.dtype == dtype and self.pointers == _pointers(model)
+        return self.length >= length + SPARE and self.dtype == dtype and self.pointers == pointers(model)
 
     def prepare(self, sampled: bool) -> None:
         """Compile the kernels and capture the graph, unless that is done."""
@@ -300,11 +301,6 @@ def _has_kernel(router: Router) -> bool:
 
 def _chooses_sets(router: Router) -> bool:
     return type(router) is PiggybackRouter or (type(router) is OpeningRouter and router.active)
-
-
-def _pointers(model: Any) -> tuple[int, ...]:
-    """Where the weights and the routers' buffers lie."""
-    return tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
 
 
 @functools.lru_cache(maxsize=64)

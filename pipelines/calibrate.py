@@ -44,7 +44,6 @@ class Calibrator:
         self._workers: list[Worker] = []
         self._again: list[tuple[Worker, ProbeSpec]] = []
         self._tried: set[str] = set()  # built a second time, or about to be
-        self.grace_s = plan.prepare_s / 6
         self._about: dict[str, Any] = {}
 
     def run(self) -> Calibration:
@@ -102,6 +101,7 @@ class Calibrator:
             for spec in share:
                 worker.ask("prepare", spec)
         deadline = time.monotonic() + self.plan.prepare_s
+        grace_s = self.plan.prepare_s / 6  # once, for workers whose finished code would go with them
         total = sum(map(len, shares))
         with self._progress() as progress:
             task = progress.add_task("compile", total=total)
@@ -114,7 +114,7 @@ class Calibrator:
                 if time.monotonic() >= deadline - 1 and any(
                     waiting[id(worker)] for worker in set(self._owner.values())
                 ):
-                    deadline, self.grace_s = deadline + self.grace_s, 0.0  # what they have built would go with them
+                    deadline, grace_s = deadline + grace_s, 0.0
         self._say(f"{len(self._owner)} workloads are ready")
         self.skipped += [f"{spec.name}: no room on the device beside the others" for _, spec in self._again]
         for worker in list(self._workers):

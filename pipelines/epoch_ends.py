@@ -46,6 +46,3 @@ def epochs_line(trials: Sequence[Mapping[str, Any]]) -> str:
         return points
     alone = f"Each number of epochs is a trial of its own ({', '.join(own)})"
     return f"{points} {alone} where trials are not anytime." if any(map(is_anytime, trials)) else f"{alone}."
-
-
-__all__ = ["POINTS", "TRIALS", "epochs_line", "front_table", "is_anytime"]

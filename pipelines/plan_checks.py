@@ -89,6 +89,3 @@ def _applying(space: Space, key: str, point: dict[str, Any], values: Mapping[str
             point = {**point, CASE: next(fitting, point[CASE])}
         point = _applying(space, other, point, values)
     return point
-
-
-__all__ = ["check_objectives", "check_search", "check_values"]

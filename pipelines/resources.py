@@ -72,6 +72,3 @@ def _cpus_for(nodes: Sequence[Node], parallel: int) -> int:
     largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
     fits = (c for c in range(largest, 0, -1) if sum(int(node.get("CPU", 0) // c) for node in nodes) >= parallel)
     return next(fits, 1)
-
-
-__all__ = ["Resources", "allot", "resources_of"]
