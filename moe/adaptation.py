@@ -4,10 +4,11 @@ Learnt at test time: a bias b_LE on the logits of every layer's router, and one 
 λ belongs to the budget controller. A chunk is predicted first; afterwards, every so many chunks, the biases move by a
 natural-gradient step on the tokens already seen, capped in KL. Guards give the trained router back.
 
-    ttt = EnergyAwareTTTRouter(model, canary_BS=held_out, controller=BudgetController.for_reach(budget_j, reach))
-    for chunk_BS in text:
-        loss = ttt.predict(chunk_BS)
-        report = ttt.ttt_update(HardwareFeedback(energy_j=…, tokens=…, duration_s=…))
+    controller = BudgetController.for_reach(budget_j, reach)
+    with EnergyAwareTTTRouter(model, canary_BS=held_out, controller=controller) as ttt:  # then as it was before
+        for chunk_BS in text:
+            loss = ttt.predict(chunk_BS)
+            report = ttt.ttt_update(HardwareFeedback(energy_j=…, tokens=…, duration_s=…))
 
 Shapes: B sequences, S positions, T = B·S, E experts, L MoE layers.
 """
@@ -118,8 +119,37 @@ class TTTState:
     suspended: bool
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a model is like before it is adapted."""
+
+    offset_LE: Tensor
+    keep_first: tuple[bool, ...]
+    energy_lambda: float
+    training: bool
+
+    @classmethod
+    def of(cls, model: Any) -> _Found:
+        return cls(
+            offset_LE=torch.stack([router.offset_E.detach().clone() for router in model.routers]),
+            keep_first=tuple(router.keep_first for router in model.routers),
+            energy_lambda=float(model.config.energy_lambda),
+            training=model.training,
+        )
+
+    @torch.no_grad()
+    def give_back(self, model: Any) -> None:
+        for router, offset_E, keep_first in zip(model.routers, self.offset_LE, self.keep_first, strict=True):
+            router.offset_E.copy_(offset_E)
+            router.keep_first = keep_first
+        model.set_energy_lambda(self.energy_lambda)
+        model.train(self.training)
+
+
 class EnergyAwareTTTRouter:
     """Adapts the routers of a model to the text it sees and to the joules it measures.
+
+    At the end of a `with`, or by `close`, the model is as it was before: biases, λ, `keep_first`, training mode.
 
     Args:
         model: `MoEGPT2LMHeadModel`; put into evaluation mode.
@@ -142,12 +172,15 @@ class EnergyAwareTTTRouter:
         settings: TTTSettings | None = None,
         forward: Callable[..., Any] | None = None,
     ) -> None:
-        self.model, self.canary_BS, self.controller = model.eval(), canary_BS, controller
-        self.settings = settings or TTTSettings()
         self.routers, self._forward = model.routers, forward or model
-        self.seen_routing: tuple[Routing, ...] = ()
+        self.settings = settings or TTTSettings()
         if controller is not None and not all(router.priced for router in self.routers):
             raise ValueError(f"router: expected one on which λ acts under a budget, got {model.config.router!r}")
+        if self.settings.keep_first and not all(isinstance(router, EnergyRouter) for router in self.routers):
+            self._do_without_keep_first(model.config.router)
+        self._found: _Found | None = _Found.of(model)  # nothing of the model has changed up to here
+        self.model, self.canary_BS, self.controller = model.eval(), canary_BS, controller
+        self.seen_routing: tuple[Routing, ...] = ()
         self._names = [name for name, _ in model.named_buffers() if name.endswith("router.offset_E")]
         self._null_E = torch.tensor([width == 0 for width in model.config.expert_widths])
         self._null, self._trained_lambda = 0.0, model.config.energy_lambda
@@ -155,15 +188,24 @@ class EnergyAwareTTTRouter:
         self._chunks, self._pending, self.suspended = 0, [0.0, 0.0, 0.0], False
         self._cost_ratio = 3.0 + 2.0  # a forward and a backward, and the canary twice, in chunks; until measured
         self._kept_LE = self.offsets()
-        if self.settings.keep_first and not all(isinstance(router, EnergyRouter) for router in self.routers):
-            self._do_without_keep_first()
         for router in self.routers:
             router.keep_first = self.settings.keep_first
         if controller is not None:
             model.set_energy_lambda(controller.energy_lambda)
 
-    def _do_without_keep_first(self) -> None:
-        name = self.model.config.router
+    def __enter__(self) -> EnergyAwareTTTRouter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The model exactly as it was found: biases, λ, `keep_first` and training mode. Safe to call twice."""
+        found, self._found = self._found, None
+        if found is not None:
+            found.give_back(self.model)
+
+    def _do_without_keep_first(self, name: str) -> None:
         if not all(router.priced for router in self.routers):
             raise ValueError(f"keep_first: expected router 'energy', or keep_first=False, got router {name!r}")
         log.warning("router %s does not honour keep_first, which is off: a token may lose its best expert", name)
@@ -209,7 +251,7 @@ class EnergyAwareTTTRouter:
         self._seen_BS, self._pending, self.suspended = None, list(state.pending), state.suspended
 
     def reset(self) -> None:
-        """The trained router, and the controller as new."""
+        """The trained router, and the controller as new; still adapting, so that `keep_first` stays (see `close`)."""
         self.apply(torch.zeros_like(self._kept_LE))
         self._kept_LE, self._null, self.suspended = torch.zeros_like(self._kept_LE), 0.0, False
         self._seen_BS, self._chunks, self._pending = None, 0, [0.0, 0.0, 0.0]
@@ -221,14 +263,18 @@ class EnergyAwareTTTRouter:
 
     @torch.no_grad()
     def predict(self, ids_BS: Tensor) -> Tensor:
-        """Mean next-token loss of a chunk, nats, on the device, with the routers as they stand. Nothing learns from a
-        chunk before this: it is what `ttt_update` may look at afterwards."""
+        """Mean next-token loss of a chunk [B, S], nats, on the device, with the routers as they stand.
+
+        Nothing learns from a chunk before this: it is what `ttt_update` may look at afterwards. The loss is a tensor of
+        its own; `seen_routing` may be the forward's and holds until the next `predict`, which overwrites it.
+        """
         self._seen_BS = ids_BS
         self._chunks += 1
         kwargs = {"labels": ids_BS, "use_cache": False, "output_routing": True, "skip_logits": True}
         output = self._forward(input_ids=ids_BS, **kwargs)
         self.seen_routing = output.routing
-        return output.lm_loss
+        loss: Tensor = output.lm_loss.clone()  # a captured forward returns the same tensor every time
+        return loss
 
     @property
     def update_every(self) -> int:

@@ -221,6 +221,51 @@ def test_reset_and_restore_are_exact(tiny: Build) -> None:
     assert all(torch.equal(after[name], value) for name, value in clean.items())
 
 
+def test_closed_it_leaves_the_model_as_it_was_found(tiny: Build) -> None:
+    model = tiny(**KEYS).train()
+    model.routers[0].offset_E.fill_(0.25)
+    model.routers[1].keep_first = True
+    clean = {name: value.clone() for name, value in model.state_dict().items()}
+    controller = BudgetController(0.09, GAINS, start=0.7)
+    with EnergyAwareTTTRouter(model, canary_BS=text(4, 32, 99), controller=controller) as ttt:
+        ttt.predict(text(4, 32, 0))
+        ttt.ttt_update(GOOD, update=True)
+        ttt.reset()
+        assert all(router.keep_first for router in model.routers)
+    assert all(torch.equal(value, clean[name]) for name, value in model.state_dict().items())
+    assert [router.keep_first for router in model.routers] == [False, True]
+    assert model.config.energy_lambda == KEYS["energy_lambda"]
+    assert model.training
+    model.routers[0].keep_first = True
+    ttt.close()  # once is enough
+    assert model.routers[0].keep_first
+
+
+def test_a_refused_router_is_left_alone(tiny: Build) -> None:
+    model = tiny(router="topk").train()
+    with pytest.raises(ValueError, match="keep_first"):
+        EnergyAwareTTTRouter(model, canary_BS=text(2, 16, 0))
+    assert model.training
+    assert not any(router.keep_first for router in model.routers)
+
+
+def test_a_loss_stays_what_it_was_where_the_forward_writes_into_one_tensor(tiny: Build) -> None:
+    """As a forward does that replays a CUDA graph."""
+    model = tiny(**KEYS)
+    kept = torch.zeros(())
+
+    def captured(**kwargs: Any) -> Any:
+        output = model(**kwargs)
+        kept.copy_(output.lm_loss)
+        output.lm_loss = kept
+        return output
+
+    ttt = EnergyAwareTTTRouter(model, canary_BS=text(2, 16, 0), forward=captured)
+    first, second = ttt.predict(text(2, 16, 1)), ttt.predict(text(2, 16, 2))
+    assert first != second
+    assert second == kept
+
+
 def test_two_requests_from_one_state_update_at_the_same_chunk(tiny: Build) -> None:
     ttt = adapting(tiny, update_share=0.5)
     ttt.note_cost(3.0)  # every 6 chunks
