@@ -36,7 +36,7 @@ from hwcost import CostModel, EnergyMonitor
 from hwcost.ops import ModelShape
 from moe import BudgetController, EnergyAwareTTTRouter, HardwareFeedback, PriceLearner, Reach, TTTSettings
 from moe.captured import CapturedForward
-from pipelines.adapting import Stream, Window, dithered, measure_reach, price_learner
+from pipelines.adapting import Stream, Window, dithered, measure_reach, modelled_chunks, price_learner
 from pipelines.config import TrialConfig
 from pipelines.data import TokenSplit, load_corpus
 from pipelines.model import Hardware, compiled_forward
@@ -64,7 +64,8 @@ def rows(windows: Sequence[Window]) -> list[dict[str, Any]]:
             "energy_lambda": w.energy_lambda, "j_per_token": w.j_per_token, "loss_nats": w.loss_nats,
             "tokens": w.tokens, "duration_s": w.measurement.duration_s, "energy_j": w.measurement.energy_j,
             "uncertainty_j": w.measurement.uncertainty_j, "temperature_c": w.measurement.mean_temperature_c,
-            "updates": w.updates, "update_s": w.update_s, "events": list(w.events),
+            "updates": w.updates, "update_s": w.update_s, "update_energy_j": w.update_energy_j,
+            "modelled_j": w.modelled_j, "memory_fraction": w.memory_fraction, "events": list(w.events),
         }
         for w in windows
     ]  # fmt: skip
@@ -89,6 +90,8 @@ class Bench:
             expert_widths=tuple(config.expert_widths), top_k=config.num_experts_per_tok,
         )  # fmt: skip
         self.cost_model = cost_model
+        known = hardware.compile and not cost_model.analytic
+        self.modelled = modelled_chunks(cost_model, self.shape, self.blocks_NS.shape[1]) if known else None
         self.learner, self.read = price_learner(cost_model, self.shape, self.blocks_NS.shape[1])
         self.widths: list[float] = []  # mean width selected per token and layer, window by window
 
@@ -115,7 +118,13 @@ class Bench:
         sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         order = torch.randperm(len(blocks_NS), generator=generator)
         stream = Stream(
-            ttt, blocks_NS[order], self.monitor, batch_size=self.args.batch, window_s=self.args.window, synchronize=sync
+            ttt,
+            blocks_NS[order],
+            self.monitor,
+            batch_size=self.args.batch,
+            window_s=self.args.window,
+            synchronize=sync,
+            modelled=self.modelled,
         )
         stream.learner, stream.read_counts = self.learner, self._read
         return stream

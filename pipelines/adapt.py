@@ -14,7 +14,7 @@ import torch
 from hwcost import CostModel, EnergyMonitor
 from moe import BudgetController, EnergyAwareTTTRouter, Reach, TTTSettings
 from moe.captured import CapturedForward
-from pipelines.adapting import Stream, Window, dithered, measure_reach, price_learner, thermal_guard
+from pipelines.adapting import Stream, Window, dithered, measure_reach, modelled_chunks, price_learner, thermal_guard
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.model import compiled_forward, model_shape, set_prices
@@ -74,6 +74,8 @@ class Adaptation:
             self.forward = CapturedForward(loaded.model, compiled_forward(loaded.model))
         self.cost_model = CostModel.for_device(loaded.hardware.gpu_name, loaded.hardware.power_limit_w)
         self.shape = model_shape(loaded.model.config, loaded.hardware)
+        known = loaded.hardware.compile and loaded.hardware.gpu_name is not None and not self.cost_model.analytic
+        self.modelled = modelled_chunks(self.cost_model, self.shape, loaded.config.seq_len) if known else None
 
     def stream(self, controller: BudgetController | None) -> Stream:
         """A stream over the train split; the canary is from the validation split, which is never learnt from."""
@@ -93,13 +95,15 @@ class Adaptation:
             window_s=plan.window_s,
             synchronize=torch.cuda.synchronize if on_gpu else lambda: None,
             thermal=thermal_guard(self.cost_model, self.shape, loaded.config.seq_len) if on_gpu else None,
+            modelled=self.modelled,
         )
 
     def reach(self) -> Reach:
         """Measure and show the reachable range."""
         stream = self.stream(None)
-        list(stream.run(2, tell=False))
-        reach, _ = measure_reach(stream, REACH_LAMBDAS, windows=self.plan.reach_windows)
+        with stream.ttt:
+            list(stream.run(2, tell=False))
+            reach, _ = measure_reach(stream, REACH_LAMBDAS, windows=self.plan.reach_windows)
         word = "modelled " if self.monitor.source == "modelled" else ""
         self.say(f"{word}joules per token over λ, as measured (made to fall):")
         for energy_lambda, energy in zip(reach.lambdas, reach.energy_j, strict=True):
@@ -126,12 +130,17 @@ class Adaptation:
             self.say(f"The budget is above {1e3 * reach.most_j:.4g} mJ/token, what λ = 0 takes: the price stays at 0.")
         return budget
 
-    def run(self, on_window: Callable[[Window, float], None]) -> tuple[Reach, float, list[Window], Stream]:
-        """Measure the range, then stream under the budget. `on_window` is told of each window and the budget."""
+    def run(self, on_window: Callable[[Window, float], None]) -> tuple[Reach, float, list[Window]]:
+        """Measure the range, then stream under the budget. `on_window` is told of each window and the budget. The
+        routers come back as they were."""
         reach = self.reach()
         budget = self.budget(reach)
-        controller = BudgetController.for_reach(budget, reach)
-        stream = self.stream(controller)
+        stream = self.stream(BudgetController.for_reach(budget, reach))
+        with stream.ttt:
+            windows = self._under_budget(stream, budget, on_window)
+        return reach, budget, windows
+
+    def _under_budget(self, stream: Stream, budget: float, on_window: Callable[[Window, float], None]) -> list[Window]:
         if self.plan.dither_windows:
             stream.learner, stream.read_counts = price_learner(self.cost_model, self.shape, self.loaded.config.seq_len)
             list(dithered(stream, self.plan.dither_windows))
@@ -140,7 +149,7 @@ class Adaptation:
         for window in stream.run(self.plan.windows):
             on_window(window, budget)
             windows.append(window)
-        return reach, budget, windows, stream
+        return windows
 
     def _show_prices(self, stream: Stream) -> None:
         assert stream.learner is not None
@@ -170,7 +179,7 @@ def adapt(
         ValueError: joules cannot be measured here.
     """
     run = Adaptation(loaded, monitor, plan, say)
-    reach, budget, windows, stream = run.run(on_window)
+    reach, budget, windows = run.run(on_window)
     key = TrialKey(sweep_id="adapt", trial_id=f"adapt-{run.started_at:%Y%m%dT%H%M%S%f}"[:-3])
     store, where = Store(out), dataclasses.asdict(key)
     store.write(AdaptRecord, [_row(key, w, budget) for w in windows], **where)
@@ -179,7 +188,6 @@ def adapt(
         store.write(PowerRecord, power, **where)
     record = _trial(key, run, windows)
     store.write(TrialRecord, [record], **where)
-    stream.ttt.reset()
     return Adapted(record=record, reach=reach, budget_j_per_token=budget, windows=tuple(windows))
 
 
@@ -194,15 +202,18 @@ def _row(key: TrialKey, window: Window, budget: float) -> AdaptRecord:
         energy_j=measured.energy_j,
         energy_uncertainty_j=measured.uncertainty_j,
         energy_source=measured.source,
+        modelled_j=window.modelled_j,
         tokens=window.tokens,
         loss_nats=window.loss_nats,
         batch_size=window.batch_size,
         duration_s=measured.duration_s,
         updates=window.updates,
         update_duration_s=window.update_s,
+        update_energy_j=window.update_energy_j,
         infeasible=window.report.infeasible if window.report is not None else None,
         mean_power_w=measured.mean_power_w,
         max_temperature_c=measured.max_temperature_c,
+        memory_fraction=window.memory_fraction,
         events=list(window.events),
     )
 

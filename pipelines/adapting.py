@@ -20,6 +20,7 @@ from hwcost.ops import ModelShape
 from moe import EnergyAwareTTTRouter, HardwareFeedback, PriceLearner, Reach, TTTReport
 from moe.captured import WARM_UP_CALLS
 from moe.routing import count_E
+from pipelines.modelled import at_width
 
 SETTLE_S = 0.2
 """How long into a window the one before it is read: the counter has stepped by then."""
@@ -28,7 +29,12 @@ _ANYWHERE = Conditions(extrapolate=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Window:
-    """One span of streaming: what it cost, what it predicted, and what was done about it."""
+    """One span of streaming: what it cost, what it predicted, and what was done about it.
+
+    `update_s` are the seconds of the updates, canary included; `modelled_j` the cost model's joules of the chunks at
+    the width that was selected, updates not in it (None without a GPU and its profile); `memory_fraction` the largest
+    share of the device's memory in use, 0 to 1.
+    """
 
     index: int
     energy_lambda: float
@@ -38,6 +44,8 @@ class Window:
     measurement: Measurement
     updates: int
     update_s: float
+    modelled_j: float | None = None
+    memory_fraction: float | None = None
     report: TTTReport | None = None
     events: tuple[str, ...] = ()
 
@@ -46,6 +54,13 @@ class Window:
         """All joules of the span, adapting included, per token."""
         energy = self.measurement.energy_j
         return None if energy is None else energy / self.tokens
+
+    @property
+    def update_energy_j(self) -> float | None:
+        """Joules of the updates: the window's, by their share of its time. A counter that steps every 0.1 s cannot
+        tell one update from the chunks beside it."""
+        energy, duration_s = self.measurement.energy_j, self.measurement.duration_s
+        return None if energy is None or duration_s <= 0 else energy * min(1.0, self.update_s / duration_s)
 
 
 @dataclasses.dataclass
@@ -92,6 +107,7 @@ class Stream:
         monitor: reads joules.
         synchronize: waits for the device.
         thermal: largest batch that keeps the device cool, given its temperature; None: not asked.
+        modelled: joules of a window's chunks by the cost model, see `modelled_chunks`; None: not modelled.
     """
 
     def __init__(
@@ -104,9 +120,11 @@ class Stream:
         window_s: float,
         synchronize: Callable[[], None] = lambda: None,
         thermal: Callable[[float, int], int] | None = None,
+        modelled: Callable[[Counts, int, float | None], float | None] | None = None,
     ) -> None:
         self.ttt, self.monitor, self.window_s, self.synchronize = ttt, monitor, window_s, synchronize
         self.blocks_NS, self.batch_size, self.most_batch, self.thermal = blocks_NS, batch_size, batch_size, thermal
+        self.modelled, self.memory_bytes = modelled, _memory_bytes(monitor.devices)
         self.at, self.index = 0, 0
         self.device = ttt.canary_BS.device
         self.counts, self.pace = Counts(), Pace(self.device)
@@ -203,6 +221,10 @@ class Stream:
         """Read the joules of a window that is over, and tell the controller."""
         measured = window.measurement
         report, events = None, list(fields["events"])
+        known: dict[str, Any] = {
+            "modelled_j": self._modelled_j(fields, measured),
+            "memory_fraction": self._memory_fraction(measured),
+        }
         feedback = HardwareFeedback(
             energy_j=measured.energy_j,
             tokens=fields["tokens"],
@@ -210,6 +232,7 @@ class Stream:
             power_w=measured.mean_power_w,
             temperature_c=measured.mean_temperature_c,
             age_s=max(0.0, time.monotonic() - end_s),
+            **known,
         )
         if tell:
             report = self.ttt.ttt_update(feedback, update=False)
@@ -223,7 +246,17 @@ class Stream:
             name: fields[name] for name in ("index", "energy_lambda", "batch_size", "tokens", "updates", "update_s")
         }
         loss = float(fields["loss"]) / fields["tokens"]
-        return Window(loss_nats=loss, measurement=measured, report=report, events=tuple(events), **kept)
+        return Window(loss_nats=loss, measurement=measured, report=report, events=tuple(events), **known, **kept)
+
+    def _modelled_j(self, fields: dict[str, Any], measured: Measurement) -> float | None:
+        if self.modelled is None:
+            return None
+        return self.modelled(fields["counts"], fields["batch_size"], measured.mean_temperature_c)
+
+    def _memory_fraction(self, measured: Measurement) -> float | None:
+        if self.memory_bytes is None or measured.max_memory_bytes is None:
+            return None
+        return measured.max_memory_bytes / self.memory_bytes
 
     def _cool(self, temperature_c: float | None) -> list[str]:
         """The next chunk's batch: smaller where the device would get too hot, and back when it would not."""
@@ -259,6 +292,12 @@ def measure_reach(stream: Stream, lambdas: Sequence[float], *, windows: int = 2)
     return Reach(lambdas=tuple(lambdas), energy_j=tuple(energies)), found
 
 
+def _memory_bytes(devices: Sequence[Any]) -> int | None:
+    """Memory of the device that runs the stream; None where there is none, or several whose joules are summed."""
+    total: int | None = devices[0].memory_bytes if len(devices) == 1 else None
+    return total or None
+
+
 def thermal_guard(cost_model: CostModel, shape: ModelShape, seq_len: int) -> Callable[[float, int], int]:
     """Largest safe batch of a prefill at a temperature, from the calibrated thermal model."""
 
@@ -268,6 +307,27 @@ def thermal_guard(cost_model: CostModel, shape: ModelShape, seq_len: int) -> Cal
         )
 
     return largest
+
+
+def modelled_chunks(
+    cost_model: CostModel, shape: ModelShape, seq_len: int
+) -> Callable[[Counts, int, float | None], float | None]:
+    """What gives the modelled joules of a window's chunks, from its counts, sequences per chunk and mean °C.
+
+    Experts are taken to be as wide as those selected were on average, as for a trial's training joules.
+    """
+    widths_E = torch.tensor(shape.expert_widths, dtype=torch.float64)
+
+    def joules(counts: Counts, batch_size: int, temperature_c: float | None) -> float | None:
+        if counts.chosen_E is None or not counts.tokens:
+            return None
+        width = float(counts.chosen_E.cpu().double() @ widths_E) / (counts.tokens * shape.num_moe_layers)
+        cost = cost_model.get_cost(
+            "prefill", batch_size, seq_len, shape=at_width(shape, width), current_temp=temperature_c, extrapolate=True
+        )
+        return cost.j_per_token * counts.tokens
+
+    return joules
 
 
 def price_learner(

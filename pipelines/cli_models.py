@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -211,21 +211,41 @@ def adapt(
         typer.echo(
             f"Mean {1e3 * mean:.4g} mJ/token, {off:+.2%} off the budget; loss {found.record.eval_loss_nats:.4f}."
         )
-    updating = sum(w.update_s for w in found.windows) / sum(w.measurement.duration_s for w in found.windows)
-    typer.echo(f"Updates took {updating:.1%} of the time; their joules are in the windows.")
+    typer.echo(_cost_of_adapting(found.windows))
     typer.echo(f"Written: {out}, trial {found.record.trial_id}")
 
 
+def _cost_of_adapting(windows: Sequence[Window]) -> str:
+    """What the updates took, in time and joules; the cost model's joules of the chunks beside those measured."""
+    updating = sum(w.update_s for w in windows) / sum(w.measurement.duration_s for w in windows)
+    pairs = [(w.update_energy_j, w.measurement.energy_j) for w in windows]
+    update_j, all_j = sum(u for u, _ in pairs if u is not None), sum(e for _, e in pairs if e is not None)
+    text = f"Updates took {updating:.1%} of the time"
+    if all_j > 0:
+        text += f" and, by it, {update_j:.4g} of {all_j:.4g} J, which are in the windows"
+    modelled = [(w.modelled_j, w.measurement.energy_j) for w in windows]
+    both = [(m, e) for m, e in modelled if m is not None and e is not None]
+    if both:
+        model_j, measured_j = sum(m for m, _ in both), sum(e for _, e in both)
+        text += f"; modelled, chunks alone: {model_j:.4g} J, {model_j / measured_j - 1:+.1%} off the measured"
+    return text + "."
+
+
 def _window_printer() -> Callable[[Window, float], None]:
-    head = ["window  mJ/token  off budget       λ    loss  events"]
+    head = ["window  mJ/token  off budget  modelled  updates [J]       λ    loss  events"]
 
     def show(window: Window, budget: float) -> None:
         if head:
             typer.echo(head.pop())
-        energy = window.j_per_token
+        energy, modelled_j, update_j = window.j_per_token, window.modelled_j, window.update_energy_j
         joules = "       –           –" if energy is None else f"{1e3 * energy:8.4g}  {energy / budget - 1:+10.1%}"
+        modelled = "–" if modelled_j is None else f"{1e3 * modelled_j / window.tokens:.4g}"
+        updates = "–" if update_j is None else f"{update_j:.4g}"
         events = ", ".join(window.events)
-        typer.echo(f"{window.index:6d}  {joules}  {window.energy_lambda:6.3f}  {window.loss_nats:6.4f}  {events}")
+        typer.echo(
+            f"{window.index:6d}  {joules}  {modelled:>8}  {updates:>11}  {window.energy_lambda:6.3f}"
+            f"  {window.loss_nats:6.4f}  {events}"
+        )
 
     return show
 

@@ -85,9 +85,16 @@ def _shape(config: TrialConfig, model_config: Any, hardware: Hardware, selected_
     shape = model_shape(model_config, hardware)
     if config.is_dense:
         return dataclasses.replace(shape, expert_widths=(), moe_layers=None)
-    if selected_width is None:
-        return shape
-    widths = (round(selected_width / config.top_k),) * shape.num_experts  # what was routed, not what could have been
+    return shape if selected_width is None else at_width(shape, selected_width)
+
+
+def at_width(shape: ModelShape, selected_width: float) -> ModelShape:
+    """The shape with what was routed, not what could have been: all experts as wide as those selected on average.
+
+    Args:
+        selected_width: mean inner width that a token passes through a layer, its K experts together, neurons.
+    """
+    widths = (round(selected_width / shape.top_k),) * shape.num_experts
     return dataclasses.replace(shape, expert_widths=widths)
 
 

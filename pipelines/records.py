@@ -24,7 +24,8 @@ from pipelines import parquet
 #: 1: the first. 2: `trials` gained `anchor_j_per_token` (null in older files).
 #: 3: `trials` gained `ended_by` and `branches_energy_j` (null in older files).
 #: 4: `power` gained `memory_clock_mhz` (null in older files); the table `anchors`.
-SCHEMA_VERSION = 4
+#: 5: `adapt` gained `modelled_j`, `update_energy_j` and `memory_fraction` (null in older files).
+SCHEMA_VERSION = 5
 
 
 def column(meaning: str, *, unit: str = "", null: str = "") -> Any:
@@ -244,15 +245,18 @@ class AdaptRecord:
     energy_j: float | None = column("joules of the window", unit="J", null="not measurable")
     energy_uncertainty_j: float | None = column("standard uncertainty", unit="J", null="not known")
     energy_source: str | None = column("counter, integrated, rapl or modelled", null="nothing measured")
+    modelled_j: float | None = column("joules of the window's chunks as the cost model has them at the width selected, updates not in it: modelled, never measured", unit="J", null="no GPU, not compiled or no calibrated profile of it, or written by an older version")
     tokens: int = column("tokens predicted", unit="tokens")
     loss_nats: float = column("mean next-token cross-entropy, each chunk before anything learnt from it", unit="nat/token")
     batch_size: int = column("sequences per chunk", unit="sequences")
     duration_s: float = column("span of the window", unit="s")
     updates: int = column("steps of the biases in the window")
     update_duration_s: float = column("time of these steps, canary included", unit="s")
+    update_energy_j: float | None = column("joules of these steps, part of energy_j: energy_j by their share of the window's time", unit="J", null="not measurable, or written by an older version")
     infeasible: bool | None = column("no λ keeps the budget", null="the controller did not hear of the window")
     mean_power_w: float | None = column("mean power", unit="W", null="not measurable")
     max_temperature_c: float | None = column("highest temperature", unit="°C", null="not readable")
+    memory_fraction: float | None = column("largest share of the device's memory in use, 0 to 1", null="not readable, several devices, or written by an older version")
     events: list[str] = column("guards that acted")
 
 

@@ -4,6 +4,7 @@ through the model; the clock is the telemetry's own, so that nothing depends on 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import types
@@ -11,21 +12,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
 from hwcost import CostModel, EnergyMonitor, Measurement
-from moe import MoEGPT2Config, MoEGPT2LMHeadModel
+from hwcost.ops import ModelShape
+from hwcost.readers import DeviceInfo
+from moe import EnergyAwareTTTRouter, HardwareFeedback, MoEGPT2Config, MoEGPT2LMHeadModel, TTTSettings
 from pipelines import adapting, cli
 from pipelines import scan as scanning
 from pipelines.adapt import AdaptPlan, BudgetError, adapt
-from pipelines.adapting import Stream, Window, price_learner
+from pipelines.adapting import Stream, Window, modelled_chunks, price_learner
 from pipelines.checkpoint import Loaded, load_checkpoint
+from pipelines.cli_models import _cost_of_adapting
 from pipelines.config import ConfigError
 from pipelines.model import model_shape
-from pipelines.records import AdaptRecord, Store, TrialRecord
+from pipelines.records import AdaptRecord, Store, TrialRecord, to_table
 from pipelines.scan import ScanPoint, broken, scan, worth_training, write_scan
 
 KEYS: dict[str, Any] = {"batch_size": 4, "seq_len": 32, "max_eval_tokens": 512, "measure_seconds": 0.01, "threads": 1}
@@ -52,6 +57,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.load, self.ticks, self.stream = 1.0, itertools.count(), None
+        self.memory_bytes: int | None = None
         self.system = types.SimpleNamespace(history=())
         self.clock = types.SimpleNamespace(monotonic=lambda: 0.0)
 
@@ -64,7 +70,9 @@ class Meter:
         widths = torch.tensor(stream.ttt.model.config.expert_widths, dtype=torch.float64)
         neurons = float(stream.counts.chosen_E.double() @ widths)
         energy = self.load * (stream.counts.tokens + 0.02 * neurons)
-        held.measurement = Measurement(name=name, energy_j=energy, duration_s=1.2, source="counter")
+        held.measurement = Measurement(
+            name=name, energy_j=energy, duration_s=1.2, source="counter", max_memory_bytes=self.memory_bytes
+        )
 
 
 @pytest.fixture
@@ -146,11 +154,102 @@ def test_adapting_leaves_the_checkpoint_as_it_was(checkpoint: str, meter: Meter,
     adapt(loaded, meter, AdaptPlan(budget_share=0.5, windows=3), out=tmp_path)  # type: ignore[arg-type]
     assert all(torch.equal(p, gates[n]) for n, p in loaded.model.named_parameters())
     assert all((router.offset_E == 0).all() for router in loaded.model.routers)
+    assert not any(router.keep_first for router in loaded.model.routers)
+    assert loaded.model.config.energy_lambda == loaded.config.energy_lambda
+
+
+def test_the_joules_of_updates_are_the_windows_by_their_share_of_its_time(
+    checkpoint: str, meter: Meter, tmp_path: Path
+) -> None:
+    plan = AdaptPlan(budget_share=0.5, windows=12, settings=TTTSettings(update_share=0.5))
+    found = adapt(load(checkpoint), meter, plan, out=tmp_path)  # type: ignore[arg-type]
+    rows = Store(tmp_path).read(AdaptRecord).to_pylist()
+    updating = [row for row in rows if row["updates"]]
+    assert updating
+    assert all(
+        row["update_energy_j"] == pytest.approx(row["energy_j"] * row["update_duration_s"] / row["duration_s"])
+        for row in rows
+    )
+    assert 0 < updating[0]["update_energy_j"] < updating[0]["energy_j"]
+    line = _cost_of_adapting(found.windows)
+    total = sum(row["update_energy_j"] for row in rows)
+    assert f"and, by it, {total:.4g} of {sum(row['energy_j'] for row in rows):.4g} J" in line
+    assert {row["modelled_j"] for row in rows} == {None}  # no GPU, whose joules the cost model could know
+    assert "modelled" not in line
+
+
+def test_feedback_tells_memory_and_the_cost_models_joules(
+    checkpoint: str, meter: Meter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(checkpoint)
+    meter.devices = (DeviceInfo(device_id="GPU-1", kind="gpu", memory_bytes=1000),)  # type: ignore[assignment]
+    heard: list[HardwareFeedback] = []
+    ttt = EnergyAwareTTTRouter(loaded.model, canary_BS=loaded.corpus.splits["validation"].blocks_NS[:2].long())
+    before = ttt.ttt_update
+
+    def listen(feedback: HardwareFeedback | None = None, *, update: bool | None = None) -> Any:
+        if feedback is not None:
+            heard.append(feedback)
+        return before(feedback, update=update)
+
+    monkeypatch.setattr(ttt, "ttt_update", listen)
+    shape = model_shape(loaded.model.config, loaded.hardware)
+    model = CostModel.for_device("NVIDIA H200", 700.0)
+    stream = Stream(
+        ttt,
+        loaded.corpus.splits["train"].blocks_NS,
+        meter,  # type: ignore[arg-type]
+        batch_size=4,
+        window_s=0.1,
+        modelled=modelled_chunks(model, shape, 32),
+    )
+    meter.memory_bytes = 250
+    (window,) = stream.run(1)
+    assert (window.memory_fraction, heard[0].memory_fraction) == (0.25, 0.25)
+    assert window.modelled_j == heard[0].modelled_j
+    assert window.modelled_j is not None
+    assert window.modelled_j > 0
+    meter.memory_bytes = None
+    (window,) = stream.run(1)
+    assert window.memory_fraction is None
+
+
+def test_modelled_joules_follow_the_width_that_was_selected_and_the_tokens() -> None:
+    shape = ModelShape(expert_widths=(3072, 1536, 0, 0), top_k=1)
+    model = CostModel.for_device("NVIDIA H200", 700.0)
+    joules = modelled_chunks(model, shape, 1024)
+
+    def of(chosen: list[int], chunks: int = 1) -> float:
+        counts = adapting.Counts(tokens=16 * 1024 * chunks, chosen_E=chunks * torch.tensor(chosen))
+        found = joules(counts, 16, None)
+        assert found is not None
+        return found
+
+    slots = 6 * 16 * 1024
+    wide, narrow, none = of([slots, 0, 0, 0]), of([0, slots, 0, 0]), of([0, 0, slots, 0])
+    assert wide > narrow > none
+    assert of([slots, 0, 0, 0], chunks=3) == pytest.approx(3 * wide)
+    whole = dataclasses.replace(shape, expert_widths=(3072,) * 4)
+    assert wide == pytest.approx(model.get_cost("prefill", 16, 1024, shape=whole, extrapolate=True).energy_j)
+    assert joules(adapting.Counts(), 16, None) is None
+
+
+def test_adapt_rows_of_an_older_version_read_with_nulls(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"sweep_id": "adapt", "trial_id": "a", "attempt": 0, "window": 1, "energy_lambda": 0.1}
+    values |= {"budget_j_per_token": 1.0, "tokens": 9, "loss_nats": 2.0, "batch_size": 1, "duration_s": 1.0}
+    row = AdaptRecord(**values, updates=0, update_duration_s=0.0, events=[])
+    added = ["modelled_j", "update_energy_j", "memory_fraction"]
+    table = to_table(AdaptRecord, [row]).drop_columns(added)
+    store = Store(tmp_path)
+    path = Path(store.path(AdaptRecord, "adapt", "a", 0))
+    path.parent.mkdir(parents=True)
+    pq.write_table(table.replace_schema_metadata({"schema_version": "4", "table": "adapt"}), path)
+    (back,) = store.read(AdaptRecord).to_pylist()
+    assert {back[name] for name in added} == {None}
+    assert back["tokens"] == 9
 
 
 def test_a_hot_gpu_shrinks_the_next_batch_and_it_grows_back(checkpoint: str, meter: Meter) -> None:
-    from moe import EnergyAwareTTTRouter
-
     loaded = load(checkpoint)
     blocks_NS = loaded.corpus.splits["train"].blocks_NS
     ttt = EnergyAwareTTTRouter(loaded.model, canary_BS=blocks_NS[:2].long())
@@ -165,8 +264,6 @@ def test_a_hot_gpu_shrinks_the_next_batch_and_it_grows_back(checkpoint: str, met
 
 
 def test_warming_up_keeps_the_routers_and_what_learning_costs(checkpoint: str, meter: Meter) -> None:
-    from moe import EnergyAwareTTTRouter
-
     loaded = load(checkpoint)
     blocks_NS = loaded.corpus.splits["train"].blocks_NS
     ttt = EnergyAwareTTTRouter(loaded.model, canary_BS=blocks_NS[:2].long())
