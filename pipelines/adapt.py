@@ -17,7 +17,7 @@ from moe.captured import CapturedForward
 from pipelines.adapting import Stream, Window, dithered, measure_reach, modelled_chunks, price_learner, thermal_guard
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError, TrialConfig
-from pipelines.model import compiled_forward, model_shape, set_prices
+from pipelines.model import compiled_forward, model_shape, set_prices, switch_opening, weigh_opening
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import AdaptRecord, PowerRecord, Store, TrialRecord
 from pipelines.trial_rows import TrialKey, config_columns, price_columns
@@ -67,6 +67,7 @@ class Adaptation:
         self.origin_s, self.started_at = monitor.clock.monotonic(), dt.datetime.now(dt.UTC)
         assert loaded.prices is not None
         set_prices(loaded.model, loaded.prices["prefill"])
+        self._weigh_opening()
         if loaded.hardware.dtype == "bf16":  # nothing is trained but biases, which stay float32
             loaded.model.to(torch.bfloat16)
         self.forward = None
@@ -76,6 +77,12 @@ class Adaptation:
         self.shape = model_shape(loaded.model.config, loaded.hardware)
         known = loaded.hardware.compile and loaded.hardware.gpu_name is not None and not self.cost_model.analytic
         self.modelled = modelled_chunks(self.cost_model, self.shape, loaded.config.seq_len) if known else None
+
+    def _weigh_opening(self) -> None:
+        """λ moves: router `opening` runs if it pays anywhere in the range that λ may have."""
+        loaded = self.loaded
+        found = weigh_opening(loaded.config, loaded.model.config, loaded.hardware, energy_lambda=REACH_LAMBDAS[-1])
+        switch_opening(loaded.model, found)
 
     def stream(self, controller: BudgetController | None) -> Stream:
         """A stream over the train split; the canary is from the validation split, which is never learnt from."""

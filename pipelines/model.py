@@ -17,6 +17,7 @@ from hwcost import CostModel
 from hwcost.ops import ModelShape
 from moe import ROUTERS, MoEGPT2Config, native, upcycle
 from moe.dense import without_experts
+from moe.generation import drop_decoders
 from moe.opening import choosing_launches
 from pipelines.config import NO_REGULARIZER, ConfigError, TrialConfig
 from pipelines.data import Corpus
@@ -237,26 +238,40 @@ def model_shape(model_config: MoEGPT2Config, hardware: Hardware) -> ModelShape:
     )
 
 
-def weigh_opening(config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware) -> OpeningCase | None:
-    """Whether router `opening` pays in this trial's decoding; None where it is not the router, or without a GPU, whose
-    joules per step nobody knows. Of several decode batches the first counts, as it does for prices."""
+def weigh_opening(
+    config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware, *, energy_lambda: float | None = None
+) -> OpeningCase | None:
+    """Whether router `opening` pays in this trial's decoding at λ and the trial's prices; None where it is not the
+    router, or without a GPU, whose joules per step nobody knows. Of several decode batches the first counts, as it does
+    for prices.
+
+    Args:
+        energy_lambda: λ, nats per c_ref; None: the model's.
+    """
     if config.router != "opening" or hardware.gpu_name is None:
         return None
-    shape = model_shape(moe_config, hardware)
+    prices = prices_of(config, moe_config, hardware)["decode"]
     batch = config.decode_batches[0] if config.decode_batches else 1
     return opening_case(
         CostModel.for_device(hardware.gpu_name, hardware.power_limit_w),
-        shape,
+        model_shape(moe_config, hardware),
         batch=batch,
         cached=config.decode_prompt_tokens + config.decode_new_tokens // 2,
         launches=choosing_launches(moe_config.num_experts, config.top_k, batch),
+        energy_lambda=float(moe_config.energy_lambda if energy_lambda is None else energy_lambda),
+        join=prices.join,
+        open_=prices.open,
     )
 
 
 def switch_opening(model: Any, case: OpeningCase | None) -> None:
     """Turn choosing off where it does not pay, and back on where it does; say so."""
-    for router in getattr(model, "routers", ()):
-        router.active = case is None or case.pays
+    active = case is None or case.pays
+    routers = tuple(getattr(model, "routers", ()))
+    if any(router.active != active for router in routers):
+        drop_decoders(model)  # a captured step has choosing in it or has not
+    for router in routers:
+        router.active = active
     if case is not None:
         _LOG.log(logging.INFO if case.pays else logging.WARNING, "%s", case)
 

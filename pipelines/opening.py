@@ -1,19 +1,29 @@
 """Does choosing which experts to open pay? Router `opening` runs only where it does.
 
-Decided before a trial or a checkpoint works, from what the cost model expects of a decode step: the most that closing
-experts can save, against what choosing the sets takes. Pure: nothing is measured here, nothing is switched.
+Decided before a trial or a checkpoint works: what λ lets it close, with a gate of unit spread, and what that saves of a
+decode step by the cost model, against what choosing the sets takes. Pure: nothing is measured here or switched.
+
+Shapes: B sequences, S positions, E experts, K choices.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+
+import torch
 
 from hwcost import CostModel
 from hwcost.cost_model import Conditions
 from hwcost.ops import Counts, ModelShape
+from moe.opening import open_sets
 
 MAX_SHARE = 0.1
 """Largest share of a decode step's time that choosing may take."""
+SCORE_STD = 1.0
+"""Spread of a token's scores over the experts, nats, that is assumed of a gate not yet trained: an expert is closed
+where the scores that its tokens lose come to less than λ·open_e, so that a sharper gate closes fewer."""
+DRAWN_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,13 +31,18 @@ class OpeningCase:
     """One decode step with and without chosen sets, as the cost model has it.
 
     Attributes:
-        batch: sequences that decode together.
+        batch: sequences that decode together. energy_lambda: λ, nats per c_ref.
+        open_plain, open_chosen: experts that a layer opens by plain priced top-k and by chosen sets, in experts of the
+            mean width.
         step_s: seconds of the step without choosing.
-        saving_j: joules that a step saves when every layer opens K experts and no more: nothing can save more.
+        saving_j: joules that a step saves by the experts closed.
         choosing_j, choosing_s: what choosing takes, above what plain top-k takes.
     """
 
     batch: int
+    energy_lambda: float
+    open_plain: float
+    open_chosen: float
     step_s: float
     saving_j: float
     choosing_j: float
@@ -40,34 +55,81 @@ class OpeningCase:
 
     @property
     def pays(self) -> bool:
-        """Net joules can be lower, and the step hardly longer."""
+        """Net joules are expected to be lower, and the step hardly longer."""
         return self.saving_j > self.choosing_j and self.share <= MAX_SHARE
 
     def __str__(self) -> str:
         verdict = "runs" if self.pays else "is off (plain priced top-k routes instead)"
         return (
-            f"router opening {verdict}: at batch {self.batch} a decode step can save {1e3 * self.saving_j:.3g} mJ,"
-            f" choosing takes {1e3 * self.choosing_j:.3g} mJ and {self.share:.1%} of its time (modelled; at most"
-            f" {MAX_SHARE:.0%})"
+            f"router opening {verdict}: at batch {self.batch} and λ = {self.energy_lambda:.3g} it opens"
+            f" {self.open_chosen:.2f} experts a layer in place of {self.open_plain:.2f}, which saves"
+            f" {1e3 * self.saving_j:.3g} mJ of a decode step; choosing takes {1e3 * self.choosing_j:.3g} mJ and"
+            f" {self.share:.1%} of its time (modelled; at most {MAX_SHARE:.0%})"
         )
 
 
-def opening_case(cost_model: CostModel, shape: ModelShape, *, batch: int, cached: int, launches: int) -> OpeningCase:
-    """Weigh the sets of a decode step.
+def opening_case(
+    cost_model: CostModel,
+    shape: ModelShape,
+    *,
+    batch: int,
+    cached: int,
+    launches: int,
+    energy_lambda: float,
+    join: Sequence[float],
+    open_: Sequence[float],
+) -> OpeningCase:
+    """Weigh the sets of a decode step at a price.
+
+    Choosing takes time at the mean power of the step that it lengthens: its kernels of microseconds give the board no
+    rest.
 
     Args:
         batch: sequences. cached: tokens in the cache of each.
         launches: kernels of one layer's choosing, beyond those of top-k (`moe.opening.choosing_launches`).
+        energy_lambda: λ, nats per c_ref. join, open_: prices of each expert in decoding, in units of c_ref.
     """
-    layers = shape.num_moe_layers
 
-    def step(shape: ModelShape) -> tuple[float, float]:
-        cost = cost_model.get_cost("decode_step", batch_size=batch, seq_len=cached, shape=shape, extrapolate=True)
+    def step(opened: float) -> tuple[float, float]:
+        at = dataclasses.replace(shape, open_experts=opened)
+        cost = cost_model.get_cost("decode_step", batch_size=batch, seq_len=cached, shape=at, extrapolate=True)
         return cost.energy_j, cost.duration_s
 
-    step_j, step_s = step(shape)
-    least_j, _ = step(dataclasses.replace(shape, open_experts=float(shape.top_k)))
-    chosen = cost_model.breakdown_of(Counts(launches=float(launches * layers)), Conditions(extrapolate=True))
+    plain, chosen = expected_open(shape, batch, energy_lambda=energy_lambda, join=join, open_=open_)
+    step_j, step_s = step(plain)
+    least_j, _ = step(chosen)
+    choosing = Counts(launches=float(launches * shape.num_moe_layers))
+    choosing_s = cost_model.breakdown_of(choosing, Conditions(extrapolate=True)).duration_s
     return OpeningCase(
-        batch=batch, step_s=step_s, saving_j=step_j - least_j, choosing_j=chosen.energy_j, choosing_s=chosen.duration_s
+        batch=batch,
+        energy_lambda=energy_lambda,
+        open_plain=plain,
+        open_chosen=chosen,
+        step_s=step_s,
+        saving_j=step_j - least_j,
+        choosing_j=choosing_s * step_j / step_s,
+        choosing_s=choosing_s,
     )
+
+
+def expected_open(
+    shape: ModelShape, batch: int, *, energy_lambda: float, join: Sequence[float], open_: Sequence[float]
+) -> tuple[float, float]:
+    """Experts that a layer opens at a position of `batch` sequences: by plain priced top-k, and by the router's sets.
+
+    Both by the router's own search on normal scores of spread `SCORE_STD`, always the same ones. In experts of the mean
+    width, as the cost model counts them: a null expert counts nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    positions = min(256, max(16, DRAWN_TOKENS // batch))
+    drawn_BSE = torch.randn(batch, positions, shape.num_experts, generator=generator)
+    score_BSE = SCORE_STD * drawn_BSE - energy_lambda * torch.tensor(join, dtype=torch.float32)
+    chosen_BSK = score_BSE.topk(shape.top_k, dim=-1).indices
+    plain_SE = torch.zeros_like(score_BSE).scatter(-1, chosen_BSK, 1.0).amax(dim=0)
+    sets_SE = open_sets(score_BSE, energy_lambda * torch.tensor(open_, dtype=torch.float32), shape.top_k)
+    allowed_BSE = score_BSE.masked_fill(~sets_SE, -torch.inf)  # what is open and what anybody takes of it
+    taken_BSK = allowed_BSE.topk(shape.top_k, dim=-1).indices
+    taken_SE = torch.zeros_like(score_BSE).scatter(-1, taken_BSK, 1.0).amax(dim=0)
+    width_E = torch.tensor(shape.expert_widths, dtype=torch.float32) / shape.mean_width
+    plain, taken = (float((opened_SE @ width_E).mean()) for opened_SE in (plain_SE, taken_SE))
+    return plain, taken

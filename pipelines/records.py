@@ -119,7 +119,7 @@ class TrialRecord:
     price_decode_join: list[float] | None = column("normalised join prices of decode", unit="c_ref", null="router without a price")
     price_decode_open: list[float] | None = column("normalised opening prices of decode", unit="c_ref", null="router without a price")
     opening_active: bool | None = column("router `opening` chose sets; false: it would not pay, plain priced top-k routed", null="another router, or no GPU")
-    opening_modelled_saving_j: float | None = column("most that closing experts saves of a decode step, modelled", unit="J", null="another router, or no GPU")
+    opening_modelled_saving_j: float | None = column("what the experts closed at this λ are expected to save of a decode step, modelled", unit="J", null="another router, or no GPU")
     opening_modelled_cost_j: float | None = column("what choosing the sets of a decode step takes, modelled", unit="J", null="another router, or no GPU")
     opening_modelled_share: float | None = column("share of a decode step's time that choosing takes, modelled", null="another router, or no GPU")
     price_drift: float | None = column("drift of mean logits along the price since the start", unit="nat per c_ref", null="router without a price")

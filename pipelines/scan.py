@@ -16,7 +16,7 @@ from hwcost import EnergyMonitor
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError
 from pipelines.evaluation import evaluate, measure_decode, measure_prefill
-from pipelines.model import set_prices
+from pipelines.model import set_prices, switch_opening, weigh_opening
 from pipelines.modelled import PhaseModel
 
 LAMBDAS = (0.0, *(10 ** (exponent / 2) for exponent in range(-10, 5)))
@@ -87,7 +87,7 @@ def scan(
                 stopped = reason
                 break
     finally:
-        loaded.model.set_energy_lambda(before)
+        _at(loaded, before)
     return Scan(checkpoint=loaded.config.base, points=tuple(points), stopped=stopped, worth=worth_training(points))
 
 
@@ -113,10 +113,16 @@ def worth_training(points: Sequence[ScanPoint]) -> tuple[float, float] | None:
     return (low[0], max(low[0], high[0])) if low else None
 
 
+def _at(loaded: Loaded, energy_lambda: float) -> None:
+    """Put λ on the routers; whether `opening` pays depends on it."""
+    loaded.model.set_energy_lambda(energy_lambda)
+    switch_opening(loaded.model, weigh_opening(loaded.config, loaded.model.config, loaded.hardware))
+
+
 def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> ScanPoint:
     model, config, hardware = loaded.model, loaded.config, loaded.hardware
     assert loaded.prices is not None
-    model.set_energy_lambda(energy_lambda)
+    _at(loaded, energy_lambda)
     split = loaded.corpus.splits["validation"].first(config.max_eval_tokens)
     set_prices(model, loaded.prices["prefill"])
     found = evaluate(model, split, config, hardware)

@@ -22,6 +22,7 @@ from hwcost import CostModel, EnergyMonitor, Measurement
 from hwcost.ops import ModelShape
 from hwcost.readers import DeviceInfo
 from moe import EnergyAwareTTTRouter, HardwareFeedback, MoEGPT2Config, MoEGPT2LMHeadModel, TTTSettings
+from pipelines import adapt as adapts
 from pipelines import adapting, cli
 from pipelines import scan as scanning
 from pipelines.adapt import AdaptPlan, BudgetError, adapt
@@ -350,6 +351,24 @@ def test_a_scan_writes_its_curve_and_a_space_that_loads(checkpoint: str, tmp_pat
     assert [p.name for p in paths] == ["scan.json", "scan.png", "scan.svg", "space.yaml"]
     assert yaml.safe_load(paths[3].read_text())["trial"]["energy_lambda"]["grid"][0] == 0.0
     assert len(plan_sweep(load_space(paths[3])).trials) >= 2
+
+
+def test_a_scan_weighs_opening_at_each_lambda_and_adapt_at_the_highest(
+    checkpoint: str, meter: Meter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def weigh(config: Any, model_config: Any, hardware: Any, *, energy_lambda: float | None = None) -> None:
+        asked.append(model_config.energy_lambda if energy_lambda is None else energy_lambda)
+
+    monkeypatch.setattr(scanning, "weigh_opening", weigh)
+    monkeypatch.setattr(adapts, "weigh_opening", weigh)
+    loaded = load(checkpoint)
+    with EnergyMonitor.for_assigned_devices() as monitor:
+        scan(loaded, monitor, (0.1,))
+    assert asked == [0.0, 0.1, 0.0]  # and as it was
+    adapt(loaded, meter, AdaptPlan(budget_share=0.5, windows=2), out=tmp_path)  # type: ignore[arg-type]
+    assert asked[3:] == [adapts.REACH_LAMBDAS[-1]]
 
 
 def test_a_scan_tells_the_joules_of_each_phase_as_each_was_measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -12,25 +13,45 @@ from hwcost import CostModel
 from hwcost.ops import ModelShape
 from moe import MoEGPT2Config, MoEGPT2LMHeadModel
 from moe.opening import EXACT_EXPERTS, KERNELS, choosing_launches
+from pipelines import model as models
 from pipelines.config import TrialConfig
 from pipelines.model import Hardware, switch_opening, weigh_opening
-from pipelines.opening import MAX_SHARE, OpeningCase, opening_case
+from pipelines.opening import MAX_SHARE, OpeningCase, expected_open, opening_case
+from pipelines.prices import expert_prices
 from pipelines.trial_rows import opening_columns
 
-PAYS = OpeningCase(batch=32, step_s=1e-3, saving_j=0.09, choosing_j=0.003, choosing_s=3e-5)
-TOO_DEAR = OpeningCase(batch=32, step_s=1e-3, saving_j=0.002, choosing_j=0.003, choosing_s=3e-5)
-TOO_SLOW = OpeningCase(batch=32, step_s=1e-3, saving_j=0.09, choosing_j=0.003, choosing_s=2e-4)
+PAYS = OpeningCase(
+    batch=32, energy_lambda=0.3, open_plain=8.0, open_chosen=3.0, step_s=1e-3, saving_j=0.09, choosing_j=0.003,
+    choosing_s=3e-5,
+)  # fmt: skip
+TOO_DEAR = dataclasses.replace(PAYS, saving_j=0.002)
+TOO_SLOW = dataclasses.replace(PAYS, choosing_s=2e-4)
 H200 = Hardware(device=torch.device("cpu"), dtype="bf16", compile=False, gpu_name="NVIDIA H200", power_limit_w=700.0)
 
 
-def case(batch: int, experts: int = 8, launches: int | None = None) -> OpeningCase:
-    """On the calibrated H200."""
+def case(
+    batch: int,
+    energy_lambda: float = 0.3,
+    *,
+    experts: int = 8,
+    launches: int | None = None,
+    gpu: str = "NVIDIA H200",
+    kind: str = "joules",
+) -> OpeningCase:
+    """On a calibrated GPU."""
+    cost_model, widths = CostModel.for_device(gpu, 700.0), (3072,) * experts
+    prices = expert_prices(
+        cost_model, kind=kind, d_model=768, widths=widths, top_k=2, tokens=batch, dtype="bf16", phase="decode"
+    )
     return opening_case(
-        CostModel.for_device("NVIDIA H200", 700.0),
-        ModelShape(expert_widths=(3072,) * experts),
+        cost_model,
+        ModelShape(expert_widths=widths),
         batch=batch,
         cached=96,
         launches=choosing_launches(experts, 2, batch) if launches is None else launches,
+        energy_lambda=energy_lambda,
+        join=prices.join,
+        open_=prices.open,
     )
 
 
@@ -44,6 +65,37 @@ def test_it_pays_where_net_joules_are_lower_and_the_step_hardly_longer(one: Open
 def test_a_batch_with_experts_to_close_pays() -> None:
     assert case(32).pays
     assert 0 < case(32).share <= MAX_SHARE
+
+
+@pytest.mark.parametrize(("energy_lambda", "pays"), [(0.0, False), (0.003, False), (0.01, False), (0.1, True)])
+def test_it_agrees_with_what_was_measured_of_lambda(energy_lambda: float, pays: bool) -> None:
+    """One H100, batch 32 (docs/routing.md): nothing saved up to λ = 0.01, a step of 0.446 ms for 0.466 at λ = 0.1."""
+    assert case(32, energy_lambda, gpu="NVIDIA H100 80GB HBM3").pays is pays
+
+
+def test_it_saves_more_the_higher_the_price_and_nothing_where_opening_is_free() -> None:
+    found = [case(32, energy_lambda) for energy_lambda in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)]
+    assert found[0].saving_j == 0
+    assert [c.saving_j for c in found] == sorted(c.saving_j for c in found)
+    assert found[-1].open_chosen == pytest.approx(2.0, abs=0.1)  # K
+    for kind in ("zero", "flops"):  # nothing is paid for opening
+        assert case(32, kind=kind).open_chosen == case(32, kind=kind).open_plain
+        assert not case(32, kind=kind).pays
+    assert case(32, kind="uniform").pays  # one price for all still closes
+
+
+def test_choosing_takes_time_at_the_power_of_the_step() -> None:
+    found = case(32)
+    step = CostModel.for_device("NVIDIA H200", 700.0).get_cost(
+        "decode_step", 32, 96, shape=ModelShape(open_experts=found.open_plain), extrapolate=True
+    )
+    assert found.choosing_j == pytest.approx(found.choosing_s * step.power_w)
+
+
+def test_null_experts_cost_nothing_to_open() -> None:
+    shape = ModelShape(expert_widths=(3072,) * 4 + (0,) * 4)
+    plain, chosen = expected_open(shape, 64, energy_lambda=0.0, join=(0.0,) * 8, open_=(0.0,) * 8)
+    assert plain == chosen == pytest.approx(8.0, abs=0.01)  # four of twice the mean width
 
 
 def test_a_batch_of_one_has_nothing_to_close() -> None:
@@ -93,7 +145,7 @@ def test_switched_off_it_routes_as_plain_priced_top_k_and_back_on_it_chooses(
 
 @pytest.mark.parametrize(("batch", "pays"), [(32, True), (1, False)])
 def test_a_trial_weighs_it_at_its_own_decode_batch(model: Any, batch: int, pays: bool) -> None:
-    full = MoEGPT2Config(router="opening", n_layer=6)  # DistilGPT2's shape, with 8 experts
+    full = MoEGPT2Config(router="opening", n_layer=6, energy_lambda=0.3)  # DistilGPT2's shape, with 8 experts
     config = TrialConfig.parse({"router": "opening", "decode_batches": [batch], "num_experts": 8})
     here = Hardware(
         device=torch.device("cpu"), dtype="bf16", compile=False, gpu_name="NVIDIA H200", power_limit_w=700.0
@@ -101,6 +153,20 @@ def test_a_trial_weighs_it_at_its_own_decode_batch(model: Any, batch: int, pays:
     found = weigh_opening(config, full, here)
     assert found is not None
     assert found.pays is pays
+    free = weigh_opening(config, full, here, energy_lambda=0.0)
+    assert free is not None
+    assert not free.pays
+    unpriced = weigh_opening(TrialConfig.parse({**config.model_dump(), "price": "zero"}), full, here)
+    assert unpriced is not None
+    assert not unpriced.pays
+
+
+def test_a_captured_step_is_forgotten_when_choosing_is_switched(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[Any] = []
+    monkeypatch.setattr(models, "drop_decoders", dropped.append)
+    for one in (PAYS, TOO_DEAR, TOO_SLOW, PAYS):
+        switch_opening(model, one)
+    assert len(dropped) == 2
 
 
 def test_without_a_gpu_or_with_another_router_nothing_is_switched(model: Any) -> None:
