@@ -5,12 +5,14 @@ from hwcost.history import GpuSystemMonitor, PowerSample
 from hwcost.monitor import EnergyMonitor, EnergyWindow, LedgerEntry
 from hwcost.prices import ExpertPrices
 from hwcost.readers import DeviceInfo, PowerBaseline
+from hwcost.shares import EnergyShares, share_energy
 from hwcost.windows import Measurement
 
 __all__ = [
     "CostModel",
     "DeviceInfo",
     "EnergyMonitor",
+    "EnergyShares",
     "EnergyWindow",
     "ExpertPrices",
     "GpuSystemMonitor",
@@ -18,4 +20,5 @@ __all__ = [
     "Measurement",
     "PowerBaseline",
     "PowerSample",
+    "share_energy",
 ]

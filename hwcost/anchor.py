@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hwcost.probes import dtype_of, repeat_for
+from hwcost.shares import share_energy
 
 # Readings of different days are compared, so a change is a new version. Version 1 had 16 rows: at 8 ms a step a busy
 # host could hold it up (+18 % time, +12 % joules beside another job); with 64 rows the host has four times as long.
@@ -127,14 +128,19 @@ def measure_anchor(
         repeat_for(step.run, warmup_s, device)
         with monitor.window("anchor") as window:
             steps, duration_s = repeat_for(step.run, seconds, device)
-    got, tokens = window.measurement, steps * step.tokens
+    got, (batch_size, seq_len, _) = window.measurement, step.x_BSD.shape
+
+    def per_token(joules: float | None) -> float | None:
+        shares = None if joules is None else share_energy(joules / steps, batch_size=batch_size, seq_len=seq_len)
+        return None if shares is None else shares.token_j
+
     return AnchorReading(
         version=ANCHOR_VERSION,
         workload=f"anchor {ANCHOR_VERSION}, torch {torch.__version__.partition('+')[0]}, {device.type}",
         energy_j=whole.measurement.energy_j,
         j_per_step=None if got.energy_j is None else got.energy_j / steps,
-        j_per_token=None if got.energy_j is None else got.energy_j / tokens,
-        j_per_token_uncertainty=None if got.uncertainty_j is None else got.uncertainty_j / tokens,
+        j_per_token=per_token(got.energy_j),
+        j_per_token_uncertainty=per_token(got.uncertainty_j),
         s_per_step=duration_s / steps,
         mean_power_w=got.mean_power_w,
         mean_temperature_c=got.mean_temperature_c,

@@ -17,6 +17,7 @@ from hwcost.points import Calibration
 from hwcost.prices import ExpertPrices, expert_prices
 from hwcost.profiles import Profile, load_profile, select_profile
 from hwcost.reach import outside
+from hwcost.shares import share_energy
 
 _CAUSES = (COMPUTE, MEMORY, ("launches",))
 
@@ -160,13 +161,15 @@ class CostModel:
         )
         call = _call(op_type, batch_size, seq_len, phase)
         terms = self.breakdown_of(self._counts(op_type, shape, call), conditions, self._flags(shape, call, conditions))
-        per_token = terms.energy_j / call.tokens
+        top_k = shape.top_k if shape.expert_widths else 1
+        passed = call.tokens / call.batch_size  # 1 for a decode step, whatever its cache holds
+        shares = share_energy(terms.energy_j, batch_size=call.batch_size, seq_len=passed, top_k=top_k)
         return Cost(
             energy_j=terms.energy_j,
             duration_s=terms.duration_s,
-            j_per_sequence=terms.energy_j / call.batch_size,
-            j_per_token=per_token,
-            j_per_expert_slot=per_token / (shape.top_k if shape.expert_widths else 1),
+            j_per_sequence=shares.sequence_j,
+            j_per_token=shares.token_j,
+            j_per_expert_slot=shares.slot_j,
             flags=terms.flags,
         )
 

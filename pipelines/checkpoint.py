@@ -20,6 +20,8 @@ from pipelines.data import Corpus, load_corpus
 from pipelines.model import Hardware, prices_of, switch_opening, weigh_opening
 from pipelines.prices import Prices
 
+GPT2_DROPOUT = 0.1  # what a fresh GPT-2 has where nothing else is said
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
@@ -90,6 +92,9 @@ def checkpoint_config(path: str, values: Mapping[str, Any]) -> TrialConfig:
     known["decode_new_tokens"] = min(64, known["seq_len"] - known["decode_prompt_tokens"])
     if values.get("data", "embedded") != "embedded" and (Path(path) / "tokenizer.json").exists():
         known["tokenizer"] = path
+    dropouts = {saved.get(name, GPT2_DROPOUT) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    if len(dropouts) == 1 and dropouts != {GPT2_DROPOUT}:
+        (known["dropout"],) = dropouts
     if saved.get("model_type") == "moe_gpt2":
         inner = saved.get("n_inner") or 4 * saved["n_embd"]
         known |= {
@@ -100,7 +105,13 @@ def checkpoint_config(path: str, values: Mapping[str, Any]) -> TrialConfig:
             "energy_lambda": saved["energy_lambda"],
             "temperature": saved["router_temperature"],
             "top_p": saved["router_top_p"],
+            "router_jitter": saved.get("router_jitter", 0.0),
+            "bias_balance_rate": saved.get("bias_balance_rate", 0.0),
+            "capacity_factor": saved.get("capacity_factor", 1.25),
         }
+        regularizers = saved.get("regularizers") or {}
+        if len(regularizers) == 1:  # a trial has one
+            ((known["regularizer"], known["regularizer_weight"]),) = regularizers.items()
     else:
         known["router"] = DENSE
     return TrialConfig.parse(known | {key: value for key, value in values.items() if value is not None})

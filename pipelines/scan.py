@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from hwcost import EnergyMonitor
+from hwcost import EnergyMonitor, share_energy
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError
 from pipelines.evaluation import evaluate, measure_decode, measure_prefill
@@ -27,6 +27,12 @@ MIN_DIVERSITY = 0.5
 """Share of the diversity at λ = 0 below which it counts as broken."""
 ACTS = 0.005
 """Share of flipped decisions from which on a price counts as acting."""
+
+
+ALWAYS = ("n_layer", "n_head", "n_embd", "data", "seq_len", "batch_size", "decode_batches", "router", "top_k")
+"""Keys that a suggested space states, default or not."""
+UNSAID = ("mixing", "expert_activation", "shared_expert_width", "gibbs_beta", "n_inner", "activation_function")
+"""Keys of a model that a trial has no key for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +138,7 @@ def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> Scan
     routing = found.routing
     assert routing is not None
     modelled = PhaseModel.of(config, model.config, hardware, selected_width=routing.mean_selected_width)
-    step_j = modelled.training_j(1)
+    step_j, batch = modelled.training_j(1), {"batch_size": config.batch_size, "seq_len": config.seq_len}
     return ScanPoint(
         energy_lambda=energy_lambda,
         loss_nats=found.loss_nats,
@@ -144,7 +150,7 @@ def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> Scan
         mean_selected_width=routing.mean_selected_width,
         prefill_j_per_token=prefill.j_per_token,
         decode_j_per_token=decode.j_per_token,
-        modelled_train_j_per_token=None if step_j is None else step_j / (config.batch_size * config.seq_len),
+        modelled_train_j_per_token=None if step_j is None else share_energy(step_j, **batch).token_j,
         energy_source=monitor.source,
     )
 
@@ -161,36 +167,42 @@ def write_scan(found: Scan, loaded: Loaded, out: Path) -> list[Path]:
     if found.worth is None:
         return [data, *curves]
     text = yaml.safe_dump(space_of(found, loaded), sort_keys=False, allow_unicode=True)
-    space.write_text(f"# Suggested by a scan of {found.checkpoint}: {found.stopped}.\n{text}", encoding="utf-8")
+    head = f"# Suggested by a scan of {found.checkpoint}: {found.stopped}.\n"
+    if unsaid := unsaid_keys(loaded.model.config):
+        head += f"# Not the model's: a trial has no key for its {', '.join(unsaid)}.\n"
+    space.write_text(head + text, encoding="utf-8")
     return [data, *curves, space]
 
 
 def space_of(found: Scan, loaded: Loaded) -> dict[str, Any]:
-    """A search space over the λ worth training, and λ = 0 to compare with."""
+    """A search space over the λ worth training, and λ = 0 to compare with.
+
+    Every key of the scan's trial that differs from its default is in it, so that the space trains what was scanned,
+    with fresh weights; those that give the shape always are.
+    """
     assert found.worth is not None
     low, high = found.worth
     steps = 1 if low == high else 4
     grid = [low * (high / low) ** (i / max(steps - 1, 1)) for i in range(steps)]
-    config = loaded.config
-    trial = {
-        "base": "random",
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "data": config.data,
-        "tokenizer": config.tokenizer,
-        "seq_len": config.seq_len,
-        "batch_size": config.batch_size,
-        "decode_batches": list(config.decode_batches),
-        "decode_prompt_tokens": config.decode_prompt_tokens,
-        "decode_new_tokens": config.decode_new_tokens,
-        "router": config.router,
-        "expert_width_factors": list(config.width_factors),
-        "top_k": config.top_k,
-        "energy_lambda": {"grid": [0.0, *(float(f"{value:.3g}") for value in grid)]},
-    }
-    trial = {key: value for key, value in trial.items() if value is not None}
+    config, model_config = loaded.config, loaded.model.config
+    values = config.model_dump(mode="json")
+    named = set(config.model_dump(exclude_defaults=True))
+    trial = {key: values[key] for key in values if key in named or key in ALWAYS}
+    trial |= {"base": "random", "energy_lambda": {"grid": [0.0, *(float(f"{value:.3g}") for value in grid)]}}
+    trial |= {"expert_width_factors": [width / (4 * model_config.n_embd) for width in model_config.expert_widths]}
+    trial = {key: value for key, value in trial.items() if value is not None and key != "num_experts"}
     return {"question": "Which λ in the range where the price acts is worth its loss?", "trial": trial}
+
+
+def unsaid_keys(model_config: Any) -> list[str]:
+    """What a space cannot say of a model: `key = value` of each key that is not as trials have it."""
+    default = type(model_config)()
+    found = {key: getattr(model_config, key) for key in UNSAID if getattr(model_config, key) != getattr(default, key)}
+    if found.get("n_inner") == 4 * model_config.n_embd:
+        del found["n_inner"]
+    if len(model_config.regularizers or {}) > 1:
+        found["regularizers"] = model_config.regularizers
+    return [f"{key} = {value}" for key, value in found.items()]
 
 
 def draw(found: Scan) -> Figure:

@@ -353,6 +353,59 @@ def test_a_scan_writes_its_curve_and_a_space_that_loads(checkpoint: str, tmp_pat
     assert len(plan_sweep(load_space(paths[3])).trials) >= 2
 
 
+SCANNED = (
+    "expert_widths", "num_experts_per_tok", "moe_layers", "router", "router_temperature", "router_top_p",
+    "router_jitter", "capacity_factor", "bias_balance_rate", "regularizers", "resid_pdrop",
+)  # fmt: skip
+
+
+def test_the_space_of_a_scan_trains_what_was_scanned(tmp_path: Path) -> None:
+    from pipelines.model import moe_config_of
+    from pipelines.plan import plan_sweep
+    from tune_spaces import load_space
+
+    config = MoEGPT2Config(
+        vocab_size=512, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+        expert_widths=[128, 64, 32, 0], router="energy", num_experts_per_tok=1, moe_layers=[1], router_temperature=0.5,
+        router_top_p=0.8, router_jitter=0.02, capacity_factor=2.0, bias_balance_rate=0.01, regularizers={"cv2": 0.03},
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, energy_lambda=0.7,
+    )  # fmt: skip
+    MoEGPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    changes = {
+        "price": "params",
+        "dtype": "fp32",
+        "learning_rate": 1e-3,
+        "epochs": 2,
+        "schedule": "constant",
+        "seed": 3,
+    }
+    loaded = load(str(tmp_path / "model"), **changes)
+    points = (point(), point(energy_lambda=0.1, flip_fraction=0.2), point(energy_lambda=1.0, flip_fraction=0.4))
+    found = scanning.Scan(checkpoint="model", points=points, stopped="it had to", worth=(0.1, 1.0))
+    space = write_scan(found, loaded, tmp_path / "scan")[-1]
+    assert "Not the model's" not in space.read_text()
+    trials = plan_sweep(load_space(space)).trials
+    assert [trial.energy_lambda for trial in trials] == [0.0, 0.1, 0.215, 0.464, 1.0]
+    for trial in trials[1:]:
+        same = {key: value for key, value in trial.effective().items() if key not in ("base", "energy_lambda")}
+        assert same == {key: value for key, value in loaded.config.effective().items() if key in same}
+        assert set(loaded.config.effective()) - set(same) == {"base", "energy_lambda"}
+        assert trial.seed == 3
+        built = moe_config_of(trial, config)
+        for key in SCANNED:
+            assert getattr(built, key) == getattr(config, key), key
+
+
+def test_a_space_says_what_it_cannot_say_of_a_model() -> None:
+    config = MoEGPT2Config(
+        n_embd=32, n_inner=128, mixing="probability", shared_expert_width=16, regularizers={"cv2": 0.1, "z_loss": 0.1}
+    )
+    said = scanning.unsaid_keys(config)
+    assert said[:2] == ["mixing = probability", "shared_expert_width = 16"]
+    assert said[2].startswith("regularizers = ")
+    assert scanning.unsaid_keys(MoEGPT2Config()) == []
+
+
 def test_a_scan_weighs_opening_at_each_lambda_and_adapt_at_the_highest(
     checkpoint: str, meter: Meter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
