@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hwcost import CostModel, EnergyMonitor, EnergyWindow, Measurement
+from hwcost import CostModel, EnergyMonitor, EnergyWindow, Measurement, share_energy
 from hwcost.cost_model import Conditions
 from hwcost.ops import ModelShape
 from moe import EnergyAwareTTTRouter, HardwareFeedback, PriceLearner, Reach, TTTReport
@@ -345,7 +345,7 @@ def price_learner(
     by_width = {w: j for w, j in zip(shape.expert_widths, prices.join_j, strict=True) if w > 0}
     cost = cost_model.get_cost_breakdown("prefill", batch_size=1, seq_len=seq_len, shape=shape, conditions=_ANYWHERE)
     experts_j = shape.num_moe_layers * shape.top_k * shape.mean_width / max(by_width) * by_width[max(by_width)]
-    dynamic_j = (cost.energy_j - cost.static_j - cost.thermal_j) / seq_len
+    dynamic_j = share_energy(cost.energy_j - cost.static_j - cost.thermal_j, batch_size=1, seq_len=seq_len).token_j
     table = {"token": max(dynamic_j - experts_j, 0.2 * dynamic_j)}
     table |= {f"join {width}": j for width, j in sorted(by_width.items())}
     table["open"] = sum(prices.open_j) / sum(w > 0 for w in shape.expert_widths)

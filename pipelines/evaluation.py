@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hwcost import EnergyMonitor, Measurement
+from hwcost import EnergyMonitor, Measurement, share_energy
 from moe import RoutingStats, RoutingSummary
 from pipelines.config import MEASURE_S, WARMUP_S, NonFiniteLossError, TrialConfig
 from pipelines.data import Corpus, TokenSplit
@@ -94,7 +94,7 @@ def measure_prefill(
         with torch.no_grad(), hardware.autocast():
             model(input_ids=block_BS, use_cache=False, logits_to_keep=1)
 
-    return _repeat(once, block_BS.numel(), "prefill", config, hardware, monitor, modelled_power_w)
+    return _repeat(once, block_BS.shape, "prefill", config, hardware, monitor, modelled_power_w)
 
 
 def measure_decode(
@@ -123,29 +123,31 @@ def measure_decode(
                 pad_token_id=0,
             )
 
-    tokens = batch * config.decode_new_tokens
-    return _repeat(once, tokens, f"decode_b{batch}", config, hardware, monitor, modelled_power_w)
+    shape = (batch, config.decode_new_tokens)
+    return _repeat(once, shape, f"decode_b{batch}", config, hardware, monitor, modelled_power_w)
 
 
 def _repeat(
     once: Callable[[], None],
-    tokens: int,
+    shape: Sequence[int],
     name: str,
     config: TrialConfig,
     hardware: Hardware,
     monitor: EnergyMonitor,
     modelled_power_w: float | None,
 ) -> PhaseEnergy:
-    """Warm up, then repeat for the measuring time inside one window."""
+    """Warm up, then repeat for the measuring time inside one window; `shape` [B, S] are the tokens of one call."""
     device = hardware.device.type
     with monitor.window(f"{name}_warmup", modelled_power_w=modelled_power_w):
         _for_seconds(once, WARMUP_S[device], hardware)
     with monitor.window(name, modelled_power_w=modelled_power_w) as window:
         repeats = _for_seconds(once, config.measure_seconds or MEASURE_S[device], hardware)
-    energy = window.measurement.energy_j
-    done = tokens * repeats
+    energy, (batch_size, seq_len) = window.measurement.energy_j, shape
+    shares = None if energy is None else share_energy(energy / repeats, batch_size=batch_size, seq_len=seq_len)
     return PhaseEnergy(
-        j_per_token=None if energy is None else energy / done, tokens=done, measurement=window.measurement
+        j_per_token=None if shares is None else shares.token_j,
+        tokens=batch_size * seq_len * repeats,
+        measurement=window.measurement,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import types
 from typing import Any
 
 import pytest
@@ -10,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwcost import CostModel
+from hwcost import CostModel, Measurement, share_energy
 from hwcost.ops import ModelShape
 from moe import ROUTERS, MoEGPT2Config, Tokens
-from pipelines.prices import PHASES, PRICE_KINDS, OperatingPoint, Prices, expert_prices, phase_prices, share_energy
+from pipelines.prices import PHASES, PRICE_KINDS, OperatingPoint, Prices, expert_prices, phase_prices
 
 WIDTHS = (3072, 1536, 768, 0)
 
@@ -131,3 +133,28 @@ def test_counts_that_cannot_be_are_refused(changes: dict[str, Any], message: str
     values: dict[str, Any] = {"batch_j": 1.0, "batch_size": 1, "seq_len": 1, "top_k": 1}
     with pytest.raises(ValueError, match=message):
         share_energy(**(values | changes))
+
+
+def test_a_decode_steps_joules_are_shared_by_its_sequences_not_by_its_cache() -> None:
+    model = CostModel.for_device("NVIDIA H200", 700.0)
+    cost = model.get_cost("decode_step", batch_size=32, seq_len=96, extrapolate=True)
+    chain = share_energy(cost.energy_j, batch_size=32, seq_len=1, top_k=2)
+    assert (cost.j_per_sequence, cost.j_per_token, cost.j_per_expert_slot) == pytest.approx(
+        (cost.energy_j / 32, chain.token_j, cost.energy_j / 64)
+    )
+
+
+def test_measured_joules_of_a_phase_go_through_the_same_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeats, sequences and tokens each divide once."""
+    from pipelines import evaluation
+    from pipelines.config import TrialConfig
+    from pipelines.model import Hardware
+
+    class Monitor:
+        def window(self, name: str, **_: Any) -> Any:
+            return contextlib.nullcontext(types.SimpleNamespace(measurement=Measurement(name=name, energy_j=96.0)))
+
+    monkeypatch.setattr(evaluation, "_for_seconds", lambda *_: 3)
+    hardware = Hardware(device=torch.device("cpu"), dtype="fp32", compile=False)
+    found = evaluation._repeat(lambda: None, (2, 4), "prefill", TrialConfig(), hardware, Monitor(), None)  # type: ignore[arg-type]
+    assert (found.tokens, found.j_per_token) == (24, 4.0)
