@@ -14,7 +14,16 @@ import torch
 from hwcost import CostModel, EnergyMonitor
 from moe import BudgetController, EnergyAwareTTTRouter, Reach, TTTSettings
 from moe.captured import CapturedForward
-from pipelines.adapting import Stream, Window, dithered, measure_reach, modelled_chunks, price_learner, thermal_guard
+from pipelines.adapting import (
+    Stream,
+    Window,
+    dithered,
+    measure_reach,
+    modelled_chunks,
+    price_learner,
+    thermal_guard,
+    with_learnt,
+)
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.model import compiled_forward, model_shape, set_prices, switch_opening, weigh_opening
@@ -34,7 +43,9 @@ class BudgetError(ConfigError):
 class AdaptPlan:
     """What to do: the budget, or its share of the measured range; windows, and how long each is.
 
-    `force` runs a budget below the range too; it is flagged infeasible as long as it is.
+    `force` runs a budget below the range too; it is flagged infeasible as long as it is. `use_learnt` puts the join
+    prices on the routers that the windows with dithered shares taught, where intervals are narrow; the rest is the
+    table's.
     """
 
     budget_j_per_token: float | None = None
@@ -43,6 +54,7 @@ class AdaptPlan:
     window_s: float = 1.0
     reach_windows: int = 2
     dither_windows: int = 0
+    use_learnt: bool = False
     force: bool = False
     settings: TTTSettings = dataclasses.field(default_factory=TTTSettings)
 
@@ -63,10 +75,15 @@ class Adaptation:
     def __init__(self, loaded: Loaded, monitor: EnergyMonitor, plan: AdaptPlan, say: Callable[[str], None]) -> None:
         if not loaded.config.is_priced:
             raise ConfigError(f"router: expected one on which λ acts under a budget, got {loaded.config.router}")
+        if plan.use_learnt and not plan.dither_windows:
+            raise ConfigError("use_learnt: expected windows with dithered shares to learn from (--dither), got none")
+        if plan.use_learnt and loaded.config.price != "joules":
+            raise ConfigError(f"price: expected joules where learnt prices are used, got {loaded.config.price}")
         self.loaded, self.monitor, self.plan, self.say = loaded, monitor, plan, say
         self.origin_s, self.started_at = monitor.clock.monotonic(), dt.datetime.now(dt.UTC)
         assert loaded.prices is not None
-        set_prices(loaded.model, loaded.prices["prefill"])
+        self.prices = dict(loaded.prices)
+        set_prices(loaded.model, self.prices["prefill"])
         self._weigh_opening()
         if loaded.hardware.dtype == "bf16":  # nothing is trained but biases, which stay float32
             loaded.model.to(torch.bfloat16)
@@ -143,30 +160,52 @@ class Adaptation:
         reach = self.reach()
         budget = self.budget(reach)
         stream = self.stream(BudgetController.for_reach(budget, reach))
-        with stream.ttt:
-            windows = self._under_budget(stream, budget, on_window)
+        assert self.loaded.prices is not None
+        try:
+            with stream.ttt:
+                windows = self._under_budget(stream, budget, on_window)
+        finally:
+            set_prices(self.loaded.model, self.loaded.prices["prefill"])
         return reach, budget, windows
 
     def _under_budget(self, stream: Stream, budget: float, on_window: Callable[[Window, float], None]) -> list[Window]:
+        notes: tuple[str, ...] = ()
         if self.plan.dither_windows:
             stream.learner, stream.read_counts = price_learner(self.cost_model, self.shape, self.loaded.config.seq_len)
             list(dithered(stream, self.plan.dither_windows))
             self._show_prices(stream)
+            if self.plan.use_learnt:
+                notes = (self._use_learnt(stream),)
         windows = []
         for window in stream.run(self.plan.windows):
+            window, notes = dataclasses.replace(window, events=(*notes, *window.events)), ()
             on_window(window, budget)
             windows.append(window)
         return windows
 
     def _show_prices(self, stream: Stream) -> None:
         assert stream.learner is not None
-        self.say("prices, µJ: table, learnt [95 % interval], which to believe (routers keep the table's)")
+        kept = "join prices to believe go on the routers" if self.plan.use_learnt else "routers keep the table's"
+        self.say(f"prices, µJ: table, learnt [95 % interval], which to believe ({kept})")
         for p in stream.learner.prices():
             held = "learnt" if p.trusted else "table"
             self.say(
                 f"  {p.name:14s} {1e6 * p.table_j:9.4g}  {1e6 * p.learnt_j:9.4g}"
                 f" [{1e6 * p.low_j:.4g}, {1e6 * p.high_j:.4g}]  {held}"
             )
+
+    def _use_learnt(self, stream: Stream) -> str:
+        """Put what was learnt and can be trusted on the routers; returns the event that says so."""
+        assert stream.learner is not None
+        prices, names = with_learnt(self.prices["prefill"], stream.learner.prices(), self.shape.expert_widths)
+        if not names:
+            self.say("No learnt join price has a narrow interval: the routers keep the table's.")
+            return "no learnt price to trust"
+        self.prices["prefill"] = prices
+        set_prices(self.loaded.model, prices)
+        joins = ", ".join(f"{price:.3g}" for price in prices.join)
+        self.say(f"On the routers: learnt {', '.join(names)}; the rest and opening from the table. In c_ref: {joins}.")
+        return "learnt prices: " + ", ".join(names)
 
 
 def adapt(
@@ -242,7 +281,6 @@ def _trial(key: TrialKey, run: Adaptation, windows: list[Window]) -> TrialRecord
     energy = None if None in energies else sum(e for e in energies if e is not None)
     loss = sum(w.loss_nats * w.tokens for w in windows) / tokens
     columns: dict[str, Any] = config_columns(config) | {"epochs": 0}
-    assert run.loaded.prices is not None
     return TrialRecord(
         **dataclasses.asdict(key),
         state="COMPLETED",
@@ -251,7 +289,7 @@ def _trial(key: TrialKey, run: Adaptation, windows: list[Window]) -> TrialRecord
         **columns,
         **host_columns(),
         **device_columns(run.monitor, run.loaded.hardware),
-        **price_columns(config, run.loaded.prices),
+        **price_columns(config, run.prices),
         energy_source=run.monitor.source,
         eval_loss_nats=loss,
         eval_energy_j=energy,

@@ -18,9 +18,11 @@ from hwcost import CostModel, EnergyMonitor, EnergyWindow, Measurement, share_en
 from hwcost.cost_model import Conditions
 from hwcost.ops import ModelShape
 from moe import EnergyAwareTTTRouter, HardwareFeedback, PriceLearner, Reach, TTTReport
+from moe.budget import LearntPrice
 from moe.captured import WARM_UP_CALLS
 from moe.routing import count_E
 from pipelines.modelled import at_width
+from pipelines.prices import Prices
 
 SETTLE_S = 0.2
 """How long into a window the one before it is read: the counter has stepped by then."""
@@ -365,6 +367,22 @@ def price_learner(
         return values, measured.energy_j - cost_model.static_w * measured.duration_s
 
     return PriceLearner(table), read
+
+
+def with_learnt(table: Prices, learnt: Sequence[LearntPrice], widths: Sequence[int]) -> tuple[Prices, tuple[str, ...]]:
+    """The table's prices with the learnt join prices that can be trusted, and the names of these.
+
+    Args:
+        table: of the phase that was learnt in; its c_ref is the unit, so that λ means what it did.
+        learnt: named as `price_learner` names them, joules.
+        widths: of each expert, neurons.
+    """
+    joins = {p.name: p.learnt_j for p in learnt if p.trusted and p.name.startswith("join ")}
+    join = tuple(
+        joins[f"join {width}"] / table.c_ref_j if f"join {width}" in joins else price
+        for width, price in zip(widths, table.join, strict=True)
+    )
+    return dataclasses.replace(table, join=join), tuple(joins)
 
 
 def dithered(stream: Stream, windows: int, *, spread: float = 2.0, seed: int = 0) -> Iterator[Window]:

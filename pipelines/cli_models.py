@@ -175,6 +175,9 @@ def adapt(
         float, typer.Option("--window", min=0.05, help="Seconds of a window; below 1 s readings are rough.")
     ] = 1.0,
     dither: Annotated[int, typer.Option(min=0, help="Windows with dithered shares, to learn prices from.")] = 0,
+    use_learnt: Annotated[
+        bool, typer.Option("--use-learnt", help="Put join prices learnt from --dither on the routers, if trusted.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Run a budget below the reachable range too.")] = False,
     tokenizer: Tokenizer = None,
     seq_len: Length = None,
@@ -192,6 +195,7 @@ def adapt(
         windows=windows,
         window_s=window,
         dither_windows=dither,
+        use_learnt=use_learnt,
         force=force,
     )
     values = _values(data, tokenizer, chunk, seq_len, None, None, settings)

@@ -21,16 +21,18 @@ from typer.testing import CliRunner
 from hwcost import CostModel, EnergyMonitor, Measurement
 from hwcost.ops import ModelShape
 from hwcost.readers import DeviceInfo
-from moe import EnergyAwareTTTRouter, HardwareFeedback, MoEGPT2Config, MoEGPT2LMHeadModel, TTTSettings
+from moe import EnergyAwareTTTRouter, HardwareFeedback, MoEGPT2Config, MoEGPT2LMHeadModel, PriceLearner, TTTSettings
+from moe.budget import LearntPrice
 from pipelines import adapt as adapts
 from pipelines import adapting, cli
 from pipelines import scan as scanning
 from pipelines.adapt import AdaptPlan, BudgetError, adapt
-from pipelines.adapting import Stream, Window, modelled_chunks, price_learner
+from pipelines.adapting import Stream, Window, modelled_chunks, price_learner, with_learnt
 from pipelines.checkpoint import Loaded, load_checkpoint
 from pipelines.cli_models import _cost_of_adapting
 from pipelines.config import ConfigError
 from pipelines.model import model_shape
+from pipelines.prices import Prices
 from pipelines.records import AdaptRecord, Store, TrialRecord, to_table
 from pipelines.scan import ScanPoint, broken, scan, worth_training, write_scan
 
@@ -306,6 +308,58 @@ def test_prices_are_learnt_from_what_was_counted(checkpoint: str) -> None:
         6,
     )
     assert read(counts, Measurement(name="adapt")) is None
+
+
+def test_trusted_learnt_prices_replace_the_tables_in_its_own_unit() -> None:
+    table = Prices(join=(1.0, 0.5, 0.25, 0.0), open=(60.0, 30.0, 15.0, 0.0), c_ref_j=2e-5, profile="p")
+
+    def learnt(name: str, joules: float, trusted: bool) -> LearntPrice:
+        return LearntPrice(name=name, table_j=1e-5, learnt_j=joules, low_j=0.0, high_j=1.0, trusted=trusted)
+
+    found = [learnt("token", 9.0, True), learnt("join 128", 3e-5, True), learnt("join 64", 9.0, False)]
+    found += [learnt("open", 9.0, True)]
+    prices, names = with_learnt(table, found, (128, 64, 32, 0))
+    assert names == ("join 128",)
+    assert prices == dataclasses.replace(table, join=(1.5, 0.5, 0.25, 0.0))
+    assert with_learnt(table, found[2:], (128, 64, 32, 0)) == (table, ())
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_learnt_prices_go_on_the_routers_if_asked_and_trusted_and_come_off_again(
+    checkpoint: str, meter: Meter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    loaded, said, joins = load(checkpoint), list[str](), list[list[float]]()
+    assert loaded.prices is not None
+    table = loaded.prices["prefill"]
+    twice = 2 * table.c_ref_j
+
+    def prices(self: Any) -> tuple[LearntPrice, ...]:
+        values = {"table_j": twice / 2, "learnt_j": twice, "low_j": twice, "high_j": twice, "trusted": trusted}
+        return (LearntPrice(name="join 128", **values),)
+
+    def on_window(window: Window, budget: float) -> None:
+        joins.append(loaded.model.routers[0].join_E.tolist())
+
+    monkeypatch.setattr(PriceLearner, "prices", prices)
+    plan = AdaptPlan(budget_share=0.5, windows=3, dither_windows=2, use_learnt=True)
+    found = adapt(loaded, meter, plan, out=tmp_path, say=said.append, on_window=on_window)  # type: ignore[arg-type]
+    expected = [2.0 if trusted else table.join[0], *table.join[1:]]
+    assert joins == [pytest.approx(expected)] * 3
+    assert loaded.model.routers[0].join_E.tolist() == pytest.approx(list(table.join))
+    assert found.record.price_prefill_join == pytest.approx(expected)
+    event = "learnt prices: join 128" if trusted else "no learnt price to trust"
+    rows = Store(tmp_path).read(AdaptRecord).to_pylist()
+    assert [event in row["events"] for row in rows] == [True, False, False]
+    assert any(("On the routers: learnt join 128; the rest" if trusted else "keep the table's.") in s for s in said)
+
+
+def test_learnt_prices_need_dithered_windows_and_joules(checkpoint: str, meter: Meter, tmp_path: Path) -> None:
+    plan = AdaptPlan(budget_share=0.5, use_learnt=True)
+    with pytest.raises(ConfigError, match=r"use_learnt: expected windows with dithered shares"):
+        adapt(load(checkpoint), meter, plan, out=tmp_path)  # type: ignore[arg-type]
+    plan = dataclasses.replace(plan, dither_windows=2)
+    with pytest.raises(ConfigError, match=r"price: expected joules where learnt prices are used, got shuffled"):
+        adapt(load(checkpoint, price="shuffled"), meter, plan, out=tmp_path)  # type: ignore[arg-type]
 
 
 # scan
