@@ -21,6 +21,7 @@ from pipelines import figures
 SECTIONS: tuple[Callable[[Study], Section], ...] = (
     study_sections.repeatability,
     study_sections.front,
+    study_sections.members,
     study_sections.epochs,
     study_controls.controls,
     study_phases.phases,

@@ -23,7 +23,7 @@ from pipelines.records import AnchorRecord, EpochRecord, PointRecord, PowerRecor
 
 #: Stages in the order in which they run; a sweep's id is its stage's name, or begins with it and a dash.
 STAGES = (
-    "pretrain", "repeatability", "front", "epochs", "controls", "controls_routers", "phases", "collapse",
+    "pretrain", "repeatability", "front", "members", "epochs", "controls", "controls_routers", "phases", "collapse",
 )  # fmt: skip
 AXES = ("train_energy_j", "eval_loss_nats")
 Row = dict[str, Any]
@@ -48,6 +48,11 @@ class Study:
     left_out: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
     context: Context
+
+    @property
+    def corrected(self) -> bool:
+        """True where joules of different boards compare: one board, or all corrected by their anchors."""
+        return not any("not corrected" in note for note in self.notes)
 
     def stage(self, *names: str) -> list[Row]:
         """Corrected rows of some stages."""
@@ -135,7 +140,9 @@ def _corrected(tables: Mapping[str, pa.Table]) -> tuple[dict[str, tuple[Row, ...
     names = iter([name for name, table in tables.items() for _ in range(table.num_rows)])
     found: dict[str, list[Row]] = {}
     for row, name in zip(rows, names, strict=True):
-        found.setdefault(name, []).append({**row, "stage": name, "config": json.loads(row["config_json"])})
+        footing = row["gpu_uuid"] if any("not corrected" in note for note in notes) else None
+        more = {"stage": name, "config": json.loads(row["config_json"]), "footing": footing}
+        found.setdefault(name, []).append({**row, **more})
     return {name: tuple(part) for name, part in found.items()}, tuple(notes)
 
 
@@ -204,6 +211,19 @@ def named(rows: Sequence[Row]) -> list[Row]:
 _ALWAYS = ("k", "price")
 
 
+def baseline(configs: Sequence[Mapping[str, Any]]) -> int | None:
+    """The configuration against which a front is held: K = 2 without a price; of several, unequal experts, balanced by
+    load, the weakest regularizer."""
+
+    def place(i: int) -> tuple[Any, ...]:
+        config = configs[i]
+        equal = len(set(config["expert_width_factors"] or [1.0])) == 1
+        return (equal, config["regularizer"] != "load_balance", config["regularizer_weight"], i)
+
+    fits = [i for i, config in enumerate(configs) if config["top_k"] == 2 and not config["energy_lambda"]]
+    return min((i for i in fits if configs[i]["router"] in ("energy", "topk")), key=place, default=None)
+
+
 def by_config(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows by configuration, seeds in order."""
     found: dict[str, list[Row]] = {}
@@ -248,10 +268,22 @@ class Mean:
 
 
 def paired(rows: Sequence[Row], base: Sequence[Row], value: Callable[[Row], float | None]) -> Mean | None:
-    """Mean of the differences from `base`, seed by seed."""
-    of_base = {row["seed"]: value(row) for row in base}
-    pairs = [(value(row), of_base.get(row["seed"])) for row in rows]
+    """Mean of the differences from `base`, seed by seed; within boards where joules of boards do not compare."""
+    of_base = {(row["seed"], row["footing"]): value(row) for row in base}
+    pairs = [(value(row), of_base.get((row["seed"], row["footing"]))) for row in rows]
     return Mean.of([a - b for a, b in pairs if a is not None and b is not None])
+
+
+def footing(study: Study, rows: Sequence[Row], base: Sequence[Row]) -> str:
+    """On which boards paired trials ran, and what makes their joules compare."""
+    board = {row["seed"]: row["gpu_uuid"] for row in base}
+    others = [row for row in rows if row["seed"] in board and row not in base]
+    same = sum(row["gpu_uuid"] == board[row["seed"]] for row in others)
+    where = f"{same} of {len(others)} pairs of trials ran on one board each"
+    if not study.corrected:
+        return f"{where}; boards have no anchor, so only these are compared."
+    boards = {row["gpu_uuid"] for row in (*rows, *base)}
+    return "All ran on one board." if len(boards) < 2 else f"{where}; joules of boards are corrected by their anchors."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,6 +319,11 @@ def log_joules(row: Row) -> float:
 def loss(row: Row) -> float:
     """Validation loss."""
     return float(row["eval_loss_nats"])
+
+
+def test_loss(row: Row) -> float | None:
+    """Loss on the test split, where it was taken."""
+    return None if row["test_loss_nats"] is None else float(row["test_loss_nats"])
 
 
 def joules_spread(study: Study) -> Spread | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import mixed_corpus, study, study_rows
+from benchmarks import mixed_corpus, study, study_members, study_rows
 from benchmarks.study_controls import references
 from benchmarks.study_rows import STAGES, Mean, Spread
 from pipelines.config import TrialConfig
@@ -26,16 +27,24 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Studies whose tables are committed beside their data.
 COMMITTED = sorted(path.parent for path in ROOT.glob("docs/study-*/tables.md"))
 BOARDS = ("GPU-aaaa", "GPU-bbbb")
+#: Stages whose space is shipped; that of `members` comes from the front's results.
+SPACES = [stage for stage in STAGES if stage != "members"]
 
 
 def trials(stage: str, **options: Any) -> tuple[TrialConfig, ...]:
     return plan_sweep(load_space(shipped_spaces()[f"study/{stage}.yaml"]), **options).trials
 
 
+def second_look(folder: Path, **options: int) -> tuple[TrialConfig, ...]:
+    """The trials of stage `members` after the front that lies in a folder."""
+    study_members.write(folder, "front", folder / "members.yaml", **({"seeds": 5, "most": 8} | options))
+    return plan_sweep(load_space(folder / "members.yaml")).trials
+
+
 # --- the spaces --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SPACES)
 def test_every_stage_has_a_space_of_the_models_own_size(stage: str) -> None:
     space = load_space(shipped_spaces()[f"study/{stage}.yaml"])
     assert space.question
@@ -54,7 +63,7 @@ def test_the_front_crosses_prices_with_top_k_and_regularizers_where_widths_diffe
 
 
 def test_controls_share_seeds_and_the_configurations_of_other_stages() -> None:
-    by_stage = {stage: {config.fingerprint for config in trials(stage)} for stage in STAGES}
+    by_stage = {stage: {config.fingerprint for config in trials(stage)} for stage in SPACES}
     assert by_stage["repeatability"] < by_stage["front"]
     assert by_stage["repeatability"] < by_stage["controls"]
     for stage in ("controls", "controls_routers"):
@@ -65,10 +74,10 @@ def test_controls_share_seeds_and_the_configurations_of_other_stages() -> None:
 # --- the tables --------------------------------------------------------------------------------------------
 
 
-def rows_of(stage: str, rng: np.random.Generator) -> list[TrialRecord]:
+def rows_of(stage: str, configs: tuple[TrialConfig, ...], rng: np.random.Generator) -> list[TrialRecord]:
     """Trials of a stage with joules and losses by formula: K = 1 takes a fifth less, λ a tenth, boards differ."""
     made = []
-    for i, config in enumerate(trials(stage)):
+    for i, config in enumerate(configs):
         board, factor = BOARDS[i % 2], 1.04 if i % 2 else 1.0
         joules = 1000.0 * config.epochs * factor
         joules *= {1: 0.8, 2: 1.0, 4: 1.5}[config.top_k] if not config.is_dense else 0.7
@@ -89,6 +98,7 @@ def rows_of(stage: str, rng: np.random.Generator) -> list[TrialRecord]:
                 tokens_trained=1_000_000 * config.epochs,
                 train_j_per_token=joules / 1e6 / config.epochs,
                 eval_loss_nats=loss + 0.001 * rng.standard_normal(),
+                test_loss_nats=loss + 0.1 + 0.001 * rng.standard_normal(),
                 train_duration_s=joules / 600,
                 duration_s=joules / 300,
                 mean_selected_width=None if config.is_dense else 2000.0,
@@ -102,7 +112,8 @@ def rows_of(stage: str, rng: np.random.Generator) -> list[TrialRecord]:
 def written(folder: Path, *stages: str) -> Path:
     rng = np.random.default_rng(0)
     for stage in stages:
-        store = synthetic.write(folder, rows_of(stage, rng))
+        configs = second_look(folder) if stage == "members" else trials(stage)
+        store = synthetic.write(folder, rows_of(stage, configs, rng))
     synthetic.write_anchors(
         store,
         *(
@@ -145,6 +156,50 @@ def test_effects_that_were_put_in_come_out(whole: Path) -> None:
     assert "orders 100.0% alike" in text
 
 
+def test_the_fronts_members_and_neighbours_run_again_with_seeds_of_their_own(whole: Path) -> None:
+    planned = second_look(whole)
+    assert {config.seed for config in planned} == {1, 2, 3, 4, 5}  # the front has seed 0
+    first = [config for config in planned if config.seed == 1]
+    assert len(first) == 9
+    front, settings = study_members.front_of(whole, "front")
+    by_fingerprint = {TrialConfig.parse(config).fingerprint: i for i, config in enumerate(settings)}
+    chosen = [by_fingerprint[config.fingerprint] for config in first]  # the experiments are the front's, keys and all
+    order = front.order().tolist()
+    assert {order[0], order[-1], study_rows.baseline(settings)} <= set(chosen)
+    beside = set[int]().union(*(study_members.neighbours(settings, i) for i in order))
+    assert set(chosen) <= {*order, *beside, study_rows.baseline(settings)}
+    shapes = [(c.regularizer, c.width_factors, c.top_k) for c in first]
+    runs = 1 + sum(one != other for one, other in itertools.pairwise(shapes))
+    assert runs == len(set(shapes)) <= 6  # trials of one shape stand side by side, and a process keeps them all
+
+
+def test_a_front_of_too_many_members_is_thinned_evenly() -> None:
+    configs = [{**TrialConfig(energy_lambda=i / 10).model_dump(mode="json"), "router": "energy"} for i in range(20)]
+    joules, loss = 20.0 - np.arange(20), 3.0 + np.arange(20)
+    chosen = study_members.choose(configs, joules, loss, np.ones(20, bool), 5)
+    assert sorted(chosen) == [0, 5, 9, 14, 19]
+
+
+def test_neighbours_differ_by_one_step_of_price_or_top_k() -> None:
+    configs = [
+        {**TrialConfig(top_k=k, energy_lambda=p).model_dump(mode="json")} for k in (1, 2, 4) for p in (0.0, 0.1, 1.0)
+    ]
+    assert study_members.neighbours(configs, 4) == {3, 5, 1, 7}
+    assert study_members.neighbours(configs, 0) == {1, 3}
+
+
+def test_members_are_judged_on_the_test_split_against_the_baseline(whole: Path) -> None:
+    found = study.load(whole)
+    text = study.page(found, study.sections(found)).split("members on the test split", 1)[1].split("\n## ")[0]
+    assert "changes from top-k, K=2, paired by seed" in text
+    assert "joules of boards are corrected by their anchors" in text
+    row = next(line for line in text.splitlines() if line.startswith("| top-k, K=1"))
+    joules, half, loss = numbers(row.split("|")[5])[0], numbers(row.split("|")[5])[1], numbers(row.split("|")[6])[0]
+    assert joules == pytest.approx(100 * math.log(0.8), abs=1)
+    assert 0 < half < 1
+    assert loss == pytest.approx(0.05, abs=0.005)
+
+
 def test_saving_at_equal_loss_is_that_over_the_line_of_top_k(whole: Path) -> None:
     """λ = 1 at K = 2: a loss 2/5 of the way to K = 1, where the line saves 1 - 0.8^0.4, and a tenth saved in all."""
     found = study.load(whole)
@@ -176,7 +231,7 @@ def test_figures_are_written_for_papers(whole: Path, tmp_path: Path) -> None:
     study.write(whole, tmp_path)
     names = {path.stem for path in tmp_path.glob("*.png")}
     assert names == {path.stem for path in tmp_path.glob("*.svg")} == {
-        "front", "controls", "phases", "model-1", "model-2", "collapse",
+        "front", "members", "controls", "phases", "model-1", "model-2", "collapse",
     }  # fmt: skip
 
 
