@@ -26,7 +26,7 @@ from pipelines.records import Store, TrialRecord
 from pipelines.warm import MOST_SHAPES
 
 #: Given on the command line of every stage, or no part of the experiment.
-_NOT_IN_THE_SPACE = ("base", "tokenizer", "data", "seed")
+_NOT_IN_THE_SPACE = ("base", "tokenizer", "data", "seed", "threads")
 #: What a compilation depends on, the slowest first; λ is a tensor.
 _SHAPE = ("router", "regularizer", "regularizer_weight", "expert_width_factors", "num_experts", "top_k")
 _STEPS = ("energy_lambda", "top_k")

@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from pipelines.records import AnchorRecord, EpochRecord, PointRecord, PowerRecor
 STAGES = (
     "pretrain", "repeatability", "front", "members", "epochs", "controls", "controls_routers", "phases", "collapse",
 )  # fmt: skip
+#: JSON beside the Parquet, of benchmarks that are no sweeps.
+FILES = ("adapt", "opening")
 AXES = ("train_energy_j", "eval_loss_nats")
 Row = dict[str, Any]
 
@@ -39,6 +42,7 @@ class Study:
         rows: the same as values, joules corrected to the mean of the boards by their anchor, with `name` and `stage`.
         left_out: by stage, what was left out and why.
         notes: what the correction of boards says.
+        files: what benchmarks wrote beside the Parquet, by name: `adapt`, `opening`.
     """
 
     store: Store
@@ -48,6 +52,7 @@ class Study:
     left_out: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
     context: Context
+    files: Mapping[str, Mapping[str, Any]]
 
     @property
     def corrected(self) -> bool:
@@ -116,8 +121,19 @@ def load(folder: str | os.PathLike[str]) -> Study:
                 tables[name] = cleaned.table
     rows, notes = _corrected(tables)
     return Study(
-        store=store, attempts=attempts, tables=tables, rows=rows, left_out=left_out, notes=notes, context=context
+        store=store,
+        attempts=attempts,
+        tables=tables,
+        rows=rows,
+        left_out=left_out,
+        notes=notes,
+        context=context,
+        files={path.stem: json.loads(path.read_text(encoding="utf-8")) for path in _written(folder)},
     )
+
+
+def _written(folder: str | os.PathLike[str]) -> list[Path]:
+    return [path for name in FILES if (path := Path(folder) / f"{name}.json").exists()]
 
 
 def stage(sweep_id: str) -> str | None:
