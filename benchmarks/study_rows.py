@@ -39,7 +39,8 @@ class Study:
     Attributes:
         attempts: every row of `trials`, for the bill.
         tables: by stage the rows that compare, joules as measured (`pareto_front` and `compare` correct boards).
-        rows: the same as values, joules corrected to the mean of the boards by their anchor, with `name` and `stage`.
+        rows: the same as values, joules corrected to the mean of the boards by their anchor, with `stage`, `config`,
+            `board_factor` (corrected over measured joules) and `footing` (the board, where boards do not compare).
         left_out: by stage, what was left out and why.
         notes: what the correction of boards says.
         files: what benchmarks wrote beside the Parquet, by name: `adapt`, `opening`.
@@ -151,13 +152,15 @@ def _corrected(tables: Mapping[str, pa.Table]) -> tuple[dict[str, tuple[Row, ...
     if not tables:
         return {}, ()
     energies = [name for name in next(iter(tables.values())).column_names if name in _CORRECTED]
-    whole, notes = seeds.correct_boards(pa.concat_tables(tables.values()), energies)
-    rows = whole.to_pylist()
+    measured = pa.concat_tables(tables.values())
+    whole, notes = seeds.correct_boards(measured, energies)
+    rows, before = whole.to_pylist(), measured["train_energy_j"].to_pylist()
     names = iter([name for name, table in tables.items() for _ in range(table.num_rows)])
     found: dict[str, list[Row]] = {}
-    for row, name in zip(rows, names, strict=True):
+    for row, name, joules in zip(rows, names, before, strict=True):
+        factor = row["train_energy_j"] / joules if joules else 1.0
         footing = row["gpu_uuid"] if any("not corrected" in note for note in notes) else None
-        more = {"stage": name, "config": json.loads(row["config_json"]), "footing": footing}
+        more = {"stage": name, "config": json.loads(row["config_json"]), "footing": footing, "board_factor": factor}
         found.setdefault(name, []).append({**row, **more})
     return {name: tuple(part) for name, part in found.items()}, tuple(notes)
 
@@ -332,6 +335,11 @@ def log_joules(row: Row) -> float:
     return math.log(row["train_energy_j"] / row["tokens_trained"])
 
 
+def log_total(row: Row) -> float:
+    """log of all joules of training, where numbers of epochs differ."""
+    return math.log(row["train_energy_j"])
+
+
 def loss(row: Row) -> float:
     """Validation loss."""
     return float(row["eval_loss_nats"])
@@ -342,9 +350,10 @@ def test_loss(row: Row) -> float | None:
     return None if row["test_loss_nats"] is None else float(row["test_loss_nats"])
 
 
-def joules_spread(study: Study) -> Spread | None:
-    """A/A repeatability of joules per token, relative, within one board; over seeds."""
-    return Spread.of(cells(study.stage("repeatability"), log_joules, "config_fingerprint", "gpu_uuid"))
+def joules_spread(study: Study, *, over_boards: bool = False) -> Spread | None:
+    """A/A repeatability of joules per token, relative, over seeds; within one board, or over all, as corrected."""
+    boards = () if over_boards else ("gpu_uuid",)
+    return Spread.of(cells(study.stage("repeatability"), log_joules, "config_fingerprint", *boards))
 
 
 def loss_spread(study: Study) -> Spread | None:

@@ -113,12 +113,14 @@ def repeatability(study: Study) -> Section:
         "deviation; of joules relative to the mean, within one board.",
         markdown(head, body),
     ]
-    if joules is not None and losses is not None:
+    over = data.joules_spread(study, over_boards=True)
+    if joules is not None and over is not None and losses is not None:
         said.append(
-            f"Pooled: joules {joules.value:.2%} ({joules.dof} degrees of freedom), loss {losses.value:.4f} nat "
-            f"({losses.dof})."
+            f"Pooled: joules {joules.value:.2%} within a board ({joules.dof} degrees of freedom), {over.value:.2%} "
+            f"over all boards, {'corrected' if study.corrected else 'not corrected'} ({over.dof}); loss "
+            f"{losses.value:.4f} nat ({losses.dof})."
         )
-        said.append(_effects(rows, joules.value, losses.value))
+        said.append(_effects(study, rows, max(joules.value, over.value), losses.value))
     same = _same_trials(study)
     if same is not None:
         said.append(
@@ -144,7 +146,7 @@ def _cell_row(group: Sequence[Row], board: str) -> list[str]:
     ]
 
 
-def _effects(rows: Sequence[Row], joules: float, losses: float) -> str:
+def _effects(study: Study, rows: Sequence[Row], joules: float, losses: float) -> str:
     """Each configuration against the first, paired by seed, in multiples of the spreads."""
     groups = list(data.by_config(rows).values())
     base = max(groups, key=lambda group: (not data.acts(group[0]), group[0]["config"]["top_k"]))
@@ -167,7 +169,9 @@ def _effects(rows: Sequence[Row], joules: float, losses: float) -> str:
             ]
         )
     head = ("configuration", "joules (log ratio)", "× spread", "loss, nat", "× spread", "joules beyond 3×")
-    return f"Against {base[0]['name']}, paired by seed, boards corrected:\n\n{markdown(head, body)}"
+    where = data.footing(study, rows, base)
+    said = f"Against {base[0]['name']}, paired by seed, in multiples of the larger spread. {where}"
+    return f"{said}\n\n{markdown(head, body)}"
 
 
 def _same_trials(study: Study) -> tuple[data.Spread, data.Spread] | None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import mixed_corpus, study, study_members, study_rows
+from benchmarks import mixed_corpus, study, study_members, study_phases, study_rows
 from benchmarks.study_controls import references
 from benchmarks.study_rows import STAGES, Mean, Spread
 from benchmarks.trained import texts
@@ -199,6 +199,8 @@ def test_effects_that_were_put_in_come_out(whole: Path) -> None:
     assert loss == pytest.approx(0.0, abs=0.06)
     assert 0 < half < 0.01
     assert joules == pytest.approx(100 * math.log(0.7), abs=1)
+    longer = numbers(line(text, "dense, 2 epochs", after="Against no price").replace("5 |", "", 1))
+    assert longer[2] == pytest.approx(100 * math.log(1.4), abs=1)  # all of its joules, not those per token
     assert "mean absolute error 10.0%" in text
     assert "orders 100.0% alike" in text
 
@@ -278,6 +280,51 @@ def test_text_that_a_base_has_read_is_not_called_unseen() -> None:
     assert learnt is splits["train"]
     assert unseen.blocks_NS[:, 0].tolist() == [1] * 6 + [2] * 6
     assert len(unseen.domain_N) == 12
+
+
+def test_phases_make_no_claim_where_launches_bound_the_time(whole: Path) -> None:
+    found = study.load(whole)
+    row = next(row for row in study_rows.named(found.stage("phases")) if row["name"] == "top-k, K=2")
+    row |= {"gpu_name": "NVIDIA H100 80GB HBM3"}  # whose launches a profile knows
+
+    def one(batch: int, milliseconds: float) -> study_phases.Reached:
+        watts = row[f"decode_j_per_token_b{batch}"] / row["board_factor"] * batch / milliseconds * 1e3
+        phases = study_phases.reached(row, {(row["trial_id"], f"decode_b{batch}"): watts}, (batch,))
+        assert phases["prefill"].seconds is None  # no samples of it
+        return phases[f"decode, batch {batch}"]
+
+    assert one(1, 0.5).seconds == pytest.approx(0.5e-3)
+    assert one(1, 0.5).by_launches
+    assert not one(128, 0.5).by_launches  # all experts are read
+    assert one(128, 0.25).flops_per_s == pytest.approx(2 * (one(128, 0.5).flops_per_s or 0))
+    text = study.page(found, study.sections(found)).split("## Phases apart", 1)[1].split("\n## ")[0]
+    claims = {
+        row.split("|")[2].strip(): row.split("|")[-2].strip() for row in text.splitlines() if "| training |" in row
+    }
+    assert claims["top-k, K=2"] == ""
+    assert claims["top-k, K=1"] == claims["energy, K=2, λ=1"] == "fewer joules"
+    assert (
+        "| decode, batch 1 | top-k, K=1 | 1.000 | – | – | – | – | – | none: time or repeatability not known |" in text
+    )
+
+
+def test_boards_without_an_anchor_are_compared_within_themselves_only(tmp_path: Path) -> None:
+    written(tmp_path, "controls")
+    for path in tmp_path.glob("anchors/*/*.parquet"):
+        path.unlink()
+    found = study.load(tmp_path)
+    assert not found.corrected
+    rows = found.stage("controls")
+    base, *others = list(study_rows.by_config(rows).values())
+    board = {row["seed"]: row["gpu_uuid"] for row in base}
+    for group in others:
+        mean = study_rows.paired(group, base, study_rows.log_joules)
+        same = [row for row in group if row["gpu_uuid"] == board[row["seed"]]]
+        assert (0 if mean is None else mean.count) == len(same)
+    text = study.page(found, study.sections(found))
+    assert "boards have no anchor, so only these are compared" in text
+    assert "At equal loss: not judged" in text
+    assert "saves" not in text.split("## Controls", 1)[1]
 
 
 def test_saving_at_equal_loss_is_that_over_the_line_of_top_k(whole: Path) -> None:
