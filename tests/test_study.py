@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +394,27 @@ def test_small_samples_have_students_intervals() -> None:
 )
 def test_a_sweep_belongs_to_the_stage_that_its_name_says(sweep_id: str, stage: str | None) -> None:
     assert study_rows.stage(sweep_id) == stage
+
+
+def test_stages_run_one_after_another_and_one_that_fails_does_not_end_the_rest(tmp_path: Path) -> None:
+    for name in ("joulemoe", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$LOG"\ncase "$*" in *epochs*) exit 3;; esac\n')
+        (tmp_path / name).chmod(0o755)
+    stages = ["epochs=36", "members=90"]
+    ran = subprocess.run(
+        [ROOT / "benchmarks/study.sh", "out", "text", "words", "base", *stages],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")},
+        capture_output=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert b"stage epochs ended with 3" in ran.stderr
+    more = "--base base --tokenizer words --data text --max-hours"
+    assert (tmp_path / "log").read_text().splitlines() == [
+        f"joulemoe sweep tune_spaces/study/epochs.yaml --out out --sweep-id epochs {more} 0.01",
+        "python -m benchmarks.study_members out --out out/members.yaml",
+        f"joulemoe sweep out/members.yaml --out out --sweep-id members {more} 0.025",
+    ]
 
 
 # --- text of packages --------------------------------------------------------------------------------------
