@@ -1,6 +1,6 @@
 """A joule budget at test time on a real GPU: reachable range, budgets inside it, loads and texts that change, prices.
 
-Trains a small model for a while (there is nothing to download), then, on text that it was not trained on:
+Trains a model for a while, then, on text that it was not trained on:
 
 1. measures joules per token and loss over λ: the reachable range [E_min, E at λ = 0];
 2. keeps budgets at 25 % and 75 % of it from the side of λ = 0: the mean of 20 windows after settling, 4 of each of 5
@@ -13,6 +13,9 @@ Trains a small model for a while (there is nothing to download), then, on text t
 4. learns prices from windows with dithered shares and λ, and holds them against the table.
 
     python benchmarks/adapt.py --data corpus.parquet --tokenizer FOLDER --seconds 240 --out adapt.json
+
+`--set base=FOLDER` starts from a dense checkpoint, upcycled; what is unseen are then the corpus's validation and test
+splits, as the checkpoint may have read the whole of its training split. `--set learning_rate=3.0e-4` suits it.
 
 What was measured is written to --out after every step, so that a run that is cut off keeps it.
 """
@@ -30,7 +33,7 @@ from typing import Any
 
 import torch
 import yaml
-from trained import Results, Tenant, elapsed_s, halves, interval, trained
+from trained import Results, Tenant, elapsed_s, interval, texts, trained
 
 from hwcost import CostModel, EnergyMonitor
 from hwcost.ops import ModelShape
@@ -288,8 +291,8 @@ class Bench:
             f" infeasible {infeasible}"
         )
         return {
-            "before": before, "jump": jump, "settled": settled, "infeasible": infeasible, "first": rows(first),
-            "second": rows(second),
+            "budget_j": budget, "before": before, "jump": jump, "settled": settled, "infeasible": infeasible,
+            "first": rows(first), "second": rows(second),
         }  # fmt: skip
 
     @staticmethod
@@ -360,7 +363,7 @@ def main() -> None:
         results.say(f"{name}, source {monitor.source}")
         corpus = load_corpus(config)
         results.say("text tokenised")
-        learnt, held = halves(corpus.splits["train"])
+        learnt, held = texts(corpus, config.base)
         model = trained(config, corpus, learnt, hardware, args.train, results)
         bench = Bench(model, held, monitor, args, results, CostModel.for_device(name, limit_w), hardware)
         run(bench, args, results)

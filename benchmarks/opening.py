@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import yaml
-from trained import Results, elapsed_s, halves, trained
+from trained import Results, elapsed_s, texts, trained
 
 from hwcost import EnergyMonitor
 from moe import ROUTERS, generation
@@ -182,7 +182,7 @@ def main() -> None:
         for router, energy_lambda in (("topk", 0.0), ("opening", args.price)):
             config = TrialConfig.parse(values | {"router": router, "energy_lambda": energy_lambda})
             hardware, corpus = Hardware.of(config, gpu_name=name, power_limit_w=limit_w), load_corpus(config)
-            learnt, held = halves(corpus.splits["train"])
+            learnt, held = texts(corpus, config.base)
             models[router] = trained(config, corpus, learnt, hardware, args.train, results, phase="decode")
         bench = Bench(models, held, config, hardware, monitor, results)
         read_all(bench, args, results)

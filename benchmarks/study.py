@@ -3,8 +3,10 @@
     python -m benchmarks.study docs/study-h100/data --out docs/study-h100
 
 writes `tables.md` and PNG and SVG figures into the folder given. Which space makes which stage:
-`tune_spaces/study/*.yaml`. A stage that did not run says so, and the others stand. Every number is computed here; a
-test holds the committed text to its data.
+`tune_spaces/study/*.yaml`, and `python -m benchmarks.study_members` for stage members; test time comes from
+`adapt.json` and `opening.json` beside the Parquet (`--out` of benchmarks/adapt.py and benchmarks/opening.py). A stage
+that did not run says so, and the others stand. Every number is computed here; a test holds the committed text to its
+data.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import study_controls, study_phases, study_sections
+from benchmarks import study_controls, study_phases, study_sections, study_test_time
 from benchmarks.study_rows import Study, load
 from benchmarks.study_sections import Section
 from pipelines import figures
@@ -21,9 +23,12 @@ from pipelines import figures
 SECTIONS: tuple[Callable[[Study], Section], ...] = (
     study_sections.repeatability,
     study_sections.front,
+    study_sections.members,
     study_sections.epochs,
     study_controls.controls,
     study_phases.phases,
+    study_test_time.adapting,
+    study_test_time.opening,
     study_phases.modelled,
     study_phases.collapse,
     study_sections.cost,

@@ -31,8 +31,8 @@ def controls(study: Study) -> Section:
     )
     said = [_means(study, groups)]
     for what, base in references(rows).items():
-        said.append(_differences(what, base, table, groups))
-    said += _at_equal_loss(rows, table, groups)
+        said.append(_differences(study, what, base, table, groups))
+    said += _at_equal_loss(study, rows, table, groups)
     switched = [row for row in rows if row["opening_active"] is not None]
     if switched:
         active = sum(row["opening_active"] for row in switched)
@@ -64,19 +64,30 @@ def _means(study: Study, groups: Mapping[str, list[Row]]) -> str:
     body = []
     for group in groups.values():
         columns = [
+            Mean.of(row["train_energy_j"] for row in group),
             Mean.of(row["train_energy_j"] / row["tokens_trained"] for row in group),
             Mean.of(_above(row, waiting) for row in group),
             Mean.of(row["eval_loss_nats"] for row in group),
             Mean.of(row["test_loss_nats"] for row in group),
         ]
         shown = [
-            "–" if mean is None else mean.text(4, scale=scale)
-            for mean, scale in zip(columns, (1e3, 1e3, 1.0, 1.0), strict=True)
+            "–" if mean is None else mean.text(digits, scale=scale)
+            for mean, scale, digits in zip(columns, (1.0, 1e3, 1e3, 1.0, 1.0), (0, 4, 4, 4, 4), strict=True)
         ]
         body.append([group[0]["name"], str(len(group)), *shown, _mean_text(group, "mean_selected_width", 0)])
-    head = ("configuration", "seeds", "mJ/token", "above waiting, mJ/token", "loss, nat", "test loss, nat", "width")
+    head = (
+        "configuration",
+        "seeds",
+        "J",
+        "mJ/token",
+        "above waiting, mJ/token",
+        "loss, nat",
+        "test loss, nat",
+        "width",
+    )
     return (
-        "Means with 95 % intervals over seeds. Above waiting: joules less the time times the watts of a waiting board "
+        "Means with 95 % intervals over seeds. Joules are those of the whole training steps, routers included. Above "
+        "waiting: joules less the time times the watts of a waiting board "
         f"({_waiting_words(study, waiting)}). Width: mean neurons that a token passes through per layer.\n\n"
         f"{markdown(head, body)}"
     )
@@ -106,31 +117,34 @@ def _waiting_words(study: Study, waiting: Mapping[str, float]) -> str:
 
 
 def _above(row: Row, waiting: Mapping[str, float]) -> float | None:
-    """Joules per token above idle: the trial's own where idle watts were calibrated, else above waiting."""
+    """Joules per token above idle: the trial's own where idle watts were calibrated, else above waiting (whose watts
+    are corrected as the board's joules are)."""
     if row["train_energy_dynamic_j"] is not None:
         return row["train_energy_dynamic_j"] / row["tokens_trained"]
     watts = waiting.get(row["gpu_uuid"] or "cpu")
     if watts is None or row["train_duration_s"] is None:
         return None
-    return (row["train_energy_j"] - watts * row["train_duration_s"]) / row["tokens_trained"]
+    return float(row["train_energy_j"] - row["board_factor"] * watts * row["train_duration_s"]) / row["tokens_trained"]
 
 
 # --- differences -------------------------------------------------------------------------------------------
 
 
-def _differences(what: str, base: Row, table: pa.Table, groups: Mapping[str, list[Row]]) -> str:
+def _differences(study: Study, what: str, base: Row, table: pa.Table, groups: Mapping[str, list[Row]]) -> str:
     """Every configuration against one, seed by seed; the verdict is that of `joulemoe compare`, Holm-adjusted."""
     key = base["config_fingerprint"]
     others = [other for other in groups if other != key]
     if not others:
         return f"Against {what}: {NOT_RUN.lower()}"
     answer = compare(table, f"config_fingerprint={key}", f"config_fingerprint={'|'.join(others)}")
-    pairs = {pair.candidate["trial_id"].split("-s")[0]: pair for pair in answer.pairs}
+    waiting, judged = waiting_w(study, *STAGES), answer.pairs if study.corrected else ()
+    pairs = {pair.candidate["trial_id"].split("-s")[0]: pair for pair in judged}
     body = []
     for other in others:
         group = groups[other]
         loss = data.paired(group, groups[key], data.loss)
-        joules = data.paired(group, groups[key], data.log_joules)
+        joules = data.paired(group, groups[key], data.log_total)
+        above = data.paired(group, groups[key], lambda row: _log_above(row, waiting))
         if loss is None or joules is None:
             continue
         pair = pairs.get(group[0]["trial_id"].split("-s")[0])
@@ -140,16 +154,24 @@ def _differences(what: str, base: Row, table: pa.Table, groups: Mapping[str, lis
                 str(loss.count),
                 loss.text(4, sign=True),
                 joules.text(2, scale=100, sign=True),
+                "–" if above is None else above.text(2, scale=100, sign=True),
                 "–" if pair is None or pair.p_equal is None else f"{pair.p_equal:.3f}",
                 "–" if pair is None else _verdict(pair),
             ]
         )
-    head = ("configuration", "seeds", "loss, nat", "joules, %", "p(losses differ)", "verdict")
+    where = data.footing(study, [row for group in groups.values() for row in group], groups[key])
+    head = ("configuration", "seeds", "loss, nat", "joules, %", "above waiting, %", "p(losses differ)", "verdict")
     return (
-        f"**Against {what}** ({base['name']}): differences paired by seed, with 95 % intervals; joules per token as a "
-        f"log ratio. Losses within ±{answer.margin_nats:g} nat count as equal; verdicts are adjusted for all "
+        f"**Against {what}** ({base['name']}): differences paired by seed, with 95 % intervals; all joules of "
+        f"training, as a log ratio. {where} Losses within ±{answer.margin_nats:g} nat count as equal; verdicts are "
+        "adjusted for all "
         f"candidates tried.\n\n{markdown(head, body)}"
     )
+
+
+def _log_above(row: Row, waiting: Mapping[str, float]) -> float | None:
+    value = _above(row, waiting)
+    return math.log(value * row["tokens_trained"]) if value is not None and value > 0 else None
 
 
 def _verdict(pair: Pair) -> str:
@@ -158,8 +180,10 @@ def _verdict(pair: Pair) -> str:
     return f"{pair.verdict} (p {pair.p_claim:.3f})"
 
 
-def _at_equal_loss(rows: Sequence[Row], table: pa.Table, groups: Mapping[str, list[Row]]) -> list[str]:
+def _at_equal_loss(study: Study, rows: Sequence[Row], table: pa.Table, groups: Mapping[str, list[Row]]) -> list[str]:
     """Each configuration against lines between others: from lower to higher K, and from a dense epoch to the next."""
+    if not study.corrected:
+        return ["At equal loss: not judged, as joules of boards without an anchor do not compare."]
     found = []
     for what, keys in _lines(rows).items():
         if len(keys) < 2:
@@ -208,7 +232,7 @@ def _chart(rows: Sequence[Row], groups: Mapping[str, list[Row]]) -> tuple[Chart,
     base = groups[known["no price"]["config_fingerprint"]]
     points, labels = [], []
     for group in groups.values():
-        loss, joules = data.paired(group, base, data.loss), data.paired(group, base, data.log_joules)
+        loss, joules = data.paired(group, base, data.loss), data.paired(group, base, data.log_total)
         if group is base or loss is None or joules is None:
             continue
         points.append((group[0], joules, loss))
@@ -218,8 +242,8 @@ def _chart(rows: Sequence[Row], groups: Mapping[str, list[Row]]) -> tuple[Chart,
         Chart(
             id="controls",
             title=f"Controls against {base[0]['name']}",
-            alt=f"{len(points)} configurations: change of loss against change of joules per token, with intervals.",
-            x=Axis(title="joules per token, change (%, log ratio)"),
+            alt=f"{len(points)} configurations: change of loss against change of training joules, with intervals.",
+            x=Axis(title="training joules, change (%, log ratio)"),
             y=Axis(title="validation loss, change (nat/token)"),
             points=tuple(
                 Point(

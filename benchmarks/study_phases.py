@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +15,13 @@ from benchmarks.study_rows import Row, Study
 from benchmarks.study_sections import NOT_RUN, Section, markdown, text
 from hwcost import CostModel
 from hwcost.judge import mape
-from hwcost.ops import Call, Counts, ModelShape, decode_step, prefill, train_step
+from hwcost.ops import COMPUTE, COUNTERS, MEMORY, Call, Counts, ModelShape, counts_of, moe_layer
+from moe.opening import choosing_launches
 from pipelines.chart import COLOURS, DASHES, Axis, Chart, Key, Line, Point
 
-_FLOPS = ("gemm_flops", "grouped_flops", "decode_flops", "attention_flops")
-_BYTES = ("activation_bytes", "weight_bytes", "cache_bytes", "head_bytes", "optimizer_bytes")
 BATCHES = (1, 8, 32, 128)
+#: Share of a step's time from which on the host that dispatches its kernels bounds it (it runs beside the device).
+_HOST_BOUND = 0.9
 
 
 # --- phases ------------------------------------------------------------------------------------------------
@@ -34,22 +37,11 @@ def phases(study: Study) -> Section:
     columns = ["train_j_per_token", "prefill_j_per_token", *map(_decode, batches)]
     head = ("configuration", "training", "prefill", *(f"decode, batch {batch}" for batch in batches))
     body = [[row["name"], *(text(_milli(row[column])) for column in columns)] for row in rows]
-    said = [f"mJ per token, one seed each.\n\n{markdown(head, body)}"]
-    base = data.first(rows, lambda row: row["router"] == "energy" and not data.acts(row)) or rows[0]
-    body = [
-        [row["name"], *(_ratio(row[column], base[column]) for column in columns)] for row in rows if row is not base
+    base = rows[data.baseline([row["config"] for row in rows]) or 0]
+    said = [
+        f"mJ per token, one seed each. {data.footing(study, rows, [base])}\n\n{markdown(head, body)}",
+        _claims(study, rows, base, batches),
     ]
-    said.append(f"The same over those of {base['name']}:\n\n{markdown(head, body)}")
-    watts = phase_watts(study.power("phases"))
-    reached = [[row["name"], *_reached(row, watts, batches)] for row in rows]
-    head = ("configuration", *(f"{phase}, TFLOP/s and TB/s" for phase in ("training", "prefill")),
-            *(f"decode {batch}, ms/step and TB/s" for batch in batches))  # fmt: skip
-    said.append(
-        "What was reached: operations and bytes counted from the model's shape and the width selected, experts open as "
-        "a balanced router opens them, over the time. Training's time is measured; that of prefill and decode is "
-        "joules per token over the mean watts of the phase's power samples. A step whose time barely changes with the "
-        f"batch is bound by launches, not by experts.\n\n{markdown(head, reached)}"
-    )
     return Section(title=title, text=tuple(said), figures=_phase_chart(rows, batches))
 
 
@@ -61,10 +53,6 @@ def _milli(value: float | None) -> float | None:
     return None if value is None else 1e3 * value
 
 
-def _ratio(value: float | None, base: float | None) -> str:
-    return "–" if value is None or not base else f"{value / base:.3f}"
-
-
 def phase_watts(samples: Sequence[Row]) -> dict[tuple[str, str], float]:
     """Mean watts of each trial's phases."""
     found: dict[tuple[str, str], list[float]] = {}
@@ -74,32 +62,103 @@ def phase_watts(samples: Sequence[Row]) -> dict[tuple[str, str], float]:
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def _reached(row: Row, watts: Mapping[tuple[str, str], float], batches: Sequence[int]) -> list[str]:
-    config, shape = row["config"], shape_of(row)
-    call = Call(batch_size=config["batch_size"], seq_len=config["seq_len"])
-    tokens = call.tokens
-    steps = row["tokens_trained"] / (config["batch_size"] * (config["seq_len"] - 1))  # the first token is no target
-    step_s = None if not row["train_duration_s"] else row["train_duration_s"] / steps
-    found = [_rates(train_step(shape, call), step_s)]
-    found.append(_rates(prefill(shape, call), _seconds(row, watts, "prefill", "prefill_j_per_token", tokens)))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reached:
+    """One phase of a trial: joules per token, and of one step the seconds, the rates, and the shares of the time that
+    launches and experts take; None where not known."""
+
+    joules: float | None
+    seconds: float | None
+    flops_per_s: float | None
+    bytes_per_s: float | None
+    launch_share: float | None
+    expert_share: float | None
+
+    @property
+    def by_launches(self) -> bool:
+        """True where starting kernels takes longer than experts do: such joules say little of experts."""
+        return bool(self.launch_share and self.launch_share > (self.expert_share or 0.0))
+
+
+def reached(row: Row, watts: Mapping[tuple[str, str], float], batches: Sequence[int]) -> dict[str, Reached]:
+    """What the hardware reached in each phase. Training's time is measured; that of prefill and decode is joules over
+    the mean watts of the phase's power samples."""
+    config, size = row["config"], row["config"]["batch_size"]
+    call = Call(batch_size=size, seq_len=config["seq_len"])
+    steps = row["tokens_trained"] / (size * (config["seq_len"] - 1))  # the first token is no target
+    step_s = row["train_duration_s"] / steps if row["train_duration_s"] else None
+    found = {"training": _reached(row, "train_step", call, row["train_j_per_token"], step_s)}
     cached = config["decode_prompt_tokens"] + config["decode_new_tokens"] // 2
+    others = [("prefill", "prefill", "prefill", call, "prefill_j_per_token", call.tokens)]
     for batch in batches:
-        seconds = _seconds(row, watts, f"decode_b{batch}", _decode(batch), batch)
-        counts = decode_step(shape, Call(batch_size=batch, seq_len=cached))
-        found.append("–" if seconds is None else f"{1e3 * seconds:.3f} \\| {_sum(counts, _BYTES) / seconds / 1e12:.2f}")
+        step = Call(batch_size=batch, seq_len=cached, phase="decode")
+        others.append((f"decode, batch {batch}", f"decode_b{batch}", "decode_step", step, _decode(batch), batch))
+    for name, phase, op, asked, column, tokens in others:
+        power, joules = watts.get((row["trial_id"], phase)), row[column]
+        # Watts are as the board drew them, joules as the mean board would have.
+        seconds = tokens * joules / row["board_factor"] / power if power and joules is not None else None
+        found[name] = _reached(row, op, asked, joules, seconds)
     return found
 
 
-def _seconds(row: Row, watts: Mapping[tuple[str, str], float], phase: str, column: str, tokens: float) -> float | None:
-    """Time of `tokens` tokens: their joules over the phase's mean watts."""
-    power, joules = watts.get((row["trial_id"], phase)), row[column]
-    return None if not power or joules is None else tokens * joules / power
+def _reached(row: Row, op: str, call: Call, joules: float | None, seconds: float | None) -> Reached:
+    profile = CostModel.for_device(row["gpu_name"], row["power_limit_w"]).profile
+    counts = counts_of(op, shape_of(row), call, graphed_batch=profile.decode_graph_batch)
+    launches, experts = counts.launches, len(row["expert_widths"] or ())
+    if op == "decode_step" and row["opening_active"]:
+        launches += row["config"]["n_layer"] * choosing_launches(experts, row["config"]["top_k"], call.batch_size)
+    launch_s, host_s = launches * profile.seconds["launches"], counts.host_launches * profile.host_s_per_launch
+    if seconds and host_s > _HOST_BOUND * seconds:
+        launch_s = host_s
+    one = dataclasses.replace(moe_layer(shape_of(row), call), launches=0.0)  # or a dense layer's feed-forward block
+    expert_s = row["config"]["n_layer"] * float(one.vector() @ [profile.seconds[name] for name in COUNTERS])
+    return Reached(
+        joules=joules,
+        seconds=seconds,
+        flops_per_s=_sum(counts, COMPUTE) / seconds if seconds else None,
+        bytes_per_s=_sum(counts, MEMORY) / seconds if seconds else None,
+        launch_share=launch_s / seconds if seconds else None,
+        expert_share=expert_s / seconds if seconds else None,
+    )
 
 
-def _rates(counts: Counts, seconds: float | None) -> str:
-    if not seconds:
-        return "–"
-    return f"{_sum(counts, _FLOPS) / seconds / 1e12:.1f} \\| {_sum(counts, _BYTES) / seconds / 1e12:.2f}"
+def _claims(study: Study, rows: Sequence[Row], base: Row, batches: Sequence[int]) -> str:
+    """Joules over the baseline's, phase by phase, what was reached beside them, and whether that makes a claim."""
+    watts, spread = phase_watts(study.power("phases")), data.joules_spread(study, over_boards=True)
+    found = {row["trial_id"]: reached(row, watts, batches) for row in (base, *(r for r in rows if r is not base))}
+    names = {row["trial_id"]: row["name"] for row in rows}
+    body = []
+    for phase, plain in found[base["trial_id"]].items():
+        for trial_id, phases_ in found.items():
+            one = phases_[phase]
+            if one.joules is not None:
+                body.append([phase, names[trial_id], *_claim(one, plain, spread)])
+    head = ("phase", "configuration", "joules over those of " + base["name"], "ms/step", "TFLOP/s", "TB/s",
+            "launches", "experts", "claim")  # fmt: skip
+    return (
+        "Beside each claim what was reached: operations and bytes counted from the model's shape and the width "
+        "selected, experts open as a balanced router opens them, over the time (of prefill and decode: joules over "
+        "the mean watts of the phase's samples). Launches, experts: what the profile gives to starting a step's "
+        "kernels and to its experts, over the step's time. No claim where launches take longer than experts in either "
+        "of the two; nor where joules differ by less than three times the A/A repeatability (of training).\n\n"
+        f"{markdown(head, body)}"
+    )
+
+
+def _claim(one: Reached, plain: Reached, spread: data.Spread | None) -> list[str]:
+    ratio = one.joules / plain.joules if one.joules and plain.joules else None
+    cells = [text(ratio, 3), text(_milli(one.seconds), 3)]
+    cells += [text(rate and rate / 1e12, 2) for rate in (one.flops_per_s, one.bytes_per_s)]
+    cells += ["–" if share is None else f"{share:.0%}" for share in (one.launch_share, one.expert_share)]
+    if one is plain or ratio is None:
+        return [*cells, ""]
+    if one.launch_share is None or plain.launch_share is None or spread is None:
+        return [*cells, "none: time or repeatability not known"]
+    if one.by_launches or plain.by_launches:
+        return [*cells, "none: launches, not experts"]
+    if abs(math.log(ratio)) <= 3 * spread.value:
+        return [*cells, "none: within repeatability"]
+    return [*cells, "fewer joules" if ratio < 1 else "more joules"]
 
 
 def _sum(counts: Counts, names: Sequence[str]) -> float:
@@ -158,7 +217,7 @@ def modelled(study: Study) -> Section:
         return Section(title=title, text=(NOT_RUN,))
     if study.context.modelled:
         return Section(title=title, text=("Nothing was measured here: these joules are modelled.",))
-    spread = data.joules_spread(study)
+    spread = data.joules_spread(study, over_boards=True)
     said, figures = [], []
     for what, values in _predictions(rows).items():
         known = [(row, value) for row, value in zip(rows, values, strict=True) if value]
@@ -201,17 +260,20 @@ def _signs(known: Sequence[tuple[Row, float]], spread: data.Spread | None) -> st
     for row, value in known:
         measured.setdefault(row["config_fingerprint"], []).append(data.log_joules(row))
         model.setdefault(row["config_fingerprint"], []).append(np.log(value / row["tokens_trained"]))
-    agree = count = 0
+    kind = {row["config_fingerprint"]: (row["router"] == "dense", row["top_k"]) for row, _ in known}
+    alike: dict[bool, list[bool]] = {True: [], False: []}  # by whether both have the same K
     for one, other in itertools.combinations(sorted(measured), 2):
         change = float(np.mean(measured[one]) - np.mean(measured[other]))
         if abs(change) > spread.value:
-            count += 1
-            agree += (np.mean(model[one]) - np.mean(model[other])) * change > 0
-    if not count:
+            agrees = (np.mean(model[one]) - np.mean(model[other])) * change > 0
+            alike[kind[one] == kind[other]].append(bool(agrees))
+    every = alike[True] + alike[False]
+    if not every:
         return "No two configurations differ by more than the A/A repeatability."
+    same = f"; of the {len(alike[True])} of equal K, {np.mean(alike[True]):.1%}" if alike[True] else ""
     return (
-        f"Of {count} pairs of configurations whose measured joules per token differ by more than the A/A repeatability "
-        f"({spread.value:.2%}), it orders {agree / count:.1%} alike."
+        f"Of {len(every)} pairs of configurations whose measured joules per token differ by more than the A/A "
+        f"repeatability ({spread.value:.2%}), it orders {np.mean(every):.1%} alike{same}."
     )
 
 

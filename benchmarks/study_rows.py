@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from pipelines.records import AnchorRecord, EpochRecord, PointRecord, PowerRecor
 
 #: Stages in the order in which they run; a sweep's id is its stage's name, or begins with it and a dash.
 STAGES = (
-    "pretrain", "repeatability", "front", "epochs", "controls", "controls_routers", "phases", "collapse",
+    "pretrain", "repeatability", "front", "members", "epochs", "controls", "controls_routers", "phases", "collapse",
 )  # fmt: skip
+#: JSON beside the Parquet, of benchmarks that are no sweeps.
+FILES = ("adapt", "opening")
 AXES = ("train_energy_j", "eval_loss_nats")
 Row = dict[str, Any]
 
@@ -36,9 +39,11 @@ class Study:
     Attributes:
         attempts: every row of `trials`, for the bill.
         tables: by stage the rows that compare, joules as measured (`pareto_front` and `compare` correct boards).
-        rows: the same as values, joules corrected to the mean of the boards by their anchor, with `name` and `stage`.
+        rows: the same as values, joules corrected to the mean of the boards by their anchor, with `stage`, `config`,
+            `board_factor` (corrected over measured joules) and `footing` (the board, where boards do not compare).
         left_out: by stage, what was left out and why.
         notes: what the correction of boards says.
+        files: what benchmarks wrote beside the Parquet, by name: `adapt`, `opening`.
     """
 
     store: Store
@@ -48,6 +53,12 @@ class Study:
     left_out: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
     context: Context
+    files: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def corrected(self) -> bool:
+        """True where joules of different boards compare: one board, or all corrected by their anchors."""
+        return not any("not corrected" in note for note in self.notes)
 
     def stage(self, *names: str) -> list[Row]:
         """Corrected rows of some stages."""
@@ -111,8 +122,19 @@ def load(folder: str | os.PathLike[str]) -> Study:
                 tables[name] = cleaned.table
     rows, notes = _corrected(tables)
     return Study(
-        store=store, attempts=attempts, tables=tables, rows=rows, left_out=left_out, notes=notes, context=context
+        store=store,
+        attempts=attempts,
+        tables=tables,
+        rows=rows,
+        left_out=left_out,
+        notes=notes,
+        context=context,
+        files={path.stem: json.loads(path.read_text(encoding="utf-8")) for path in _written(folder)},
     )
+
+
+def _written(folder: str | os.PathLike[str]) -> list[Path]:
+    return [path for name in FILES if (path := Path(folder) / f"{name}.json").exists()]
 
 
 def stage(sweep_id: str) -> str | None:
@@ -130,12 +152,16 @@ def _corrected(tables: Mapping[str, pa.Table]) -> tuple[dict[str, tuple[Row, ...
     if not tables:
         return {}, ()
     energies = [name for name in next(iter(tables.values())).column_names if name in _CORRECTED]
-    whole, notes = seeds.correct_boards(pa.concat_tables(tables.values()), energies)
-    rows = whole.to_pylist()
+    measured = pa.concat_tables(tables.values())
+    whole, notes = seeds.correct_boards(measured, energies)
+    rows, before = whole.to_pylist(), measured["train_energy_j"].to_pylist()
     names = iter([name for name, table in tables.items() for _ in range(table.num_rows)])
     found: dict[str, list[Row]] = {}
-    for row, name in zip(rows, names, strict=True):
-        found.setdefault(name, []).append({**row, "stage": name, "config": json.loads(row["config_json"])})
+    for row, name, joules in zip(rows, names, before, strict=True):
+        factor = row["train_energy_j"] / joules if joules else 1.0
+        footing = row["gpu_uuid"] if any("not corrected" in note for note in notes) else None
+        more = {"stage": name, "config": json.loads(row["config_json"]), "footing": footing, "board_factor": factor}
+        found.setdefault(name, []).append({**row, **more})
     return {name: tuple(part) for name, part in found.items()}, tuple(notes)
 
 
@@ -204,6 +230,19 @@ def named(rows: Sequence[Row]) -> list[Row]:
 _ALWAYS = ("k", "price")
 
 
+def baseline(configs: Sequence[Mapping[str, Any]]) -> int | None:
+    """The configuration against which a front is held: K = 2 without a price; of several, unequal experts, balanced by
+    load, the weakest regularizer."""
+
+    def place(i: int) -> tuple[Any, ...]:
+        config = configs[i]
+        equal = len(set(config["expert_width_factors"] or [1.0])) == 1
+        return (equal, config["regularizer"] != "load_balance", config["regularizer_weight"], i)
+
+    fits = [i for i, config in enumerate(configs) if config["top_k"] == 2 and not config["energy_lambda"]]
+    return min((i for i in fits if configs[i]["router"] in ("energy", "topk")), key=place, default=None)
+
+
 def by_config(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows by configuration, seeds in order."""
     found: dict[str, list[Row]] = {}
@@ -248,10 +287,22 @@ class Mean:
 
 
 def paired(rows: Sequence[Row], base: Sequence[Row], value: Callable[[Row], float | None]) -> Mean | None:
-    """Mean of the differences from `base`, seed by seed."""
-    of_base = {row["seed"]: value(row) for row in base}
-    pairs = [(value(row), of_base.get(row["seed"])) for row in rows]
+    """Mean of the differences from `base`, seed by seed; within boards where joules of boards do not compare."""
+    of_base = {(row["seed"], row["footing"]): value(row) for row in base}
+    pairs = [(value(row), of_base.get((row["seed"], row["footing"]))) for row in rows]
     return Mean.of([a - b for a, b in pairs if a is not None and b is not None])
+
+
+def footing(study: Study, rows: Sequence[Row], base: Sequence[Row]) -> str:
+    """On which boards paired trials ran, and what makes their joules compare."""
+    board = {row["seed"]: row["gpu_uuid"] for row in base}
+    others = [row for row in rows if row["seed"] in board and row not in base]
+    same = sum(row["gpu_uuid"] == board[row["seed"]] for row in others)
+    where = f"{same} of {len(others)} pairs of trials ran on one board each"
+    if not study.corrected:
+        return f"{where}; boards have no anchor, so only these are compared."
+    boards = {row["gpu_uuid"] for row in (*rows, *base)}
+    return "All ran on one board." if len(boards) < 2 else f"{where}; joules of boards are corrected by their anchors."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,14 +335,25 @@ def log_joules(row: Row) -> float:
     return math.log(row["train_energy_j"] / row["tokens_trained"])
 
 
+def log_total(row: Row) -> float:
+    """log of all joules of training, where numbers of epochs differ."""
+    return math.log(row["train_energy_j"])
+
+
 def loss(row: Row) -> float:
     """Validation loss."""
     return float(row["eval_loss_nats"])
 
 
-def joules_spread(study: Study) -> Spread | None:
-    """A/A repeatability of joules per token, relative, within one board; over seeds."""
-    return Spread.of(cells(study.stage("repeatability"), log_joules, "config_fingerprint", "gpu_uuid"))
+def test_loss(row: Row) -> float | None:
+    """Loss on the test split, where it was taken."""
+    return None if row["test_loss_nats"] is None else float(row["test_loss_nats"])
+
+
+def joules_spread(study: Study, *, over_boards: bool = False) -> Spread | None:
+    """A/A repeatability of joules per token, relative, over seeds; within one board, or over all, as corrected."""
+    boards = () if over_boards else ("gpu_uuid",)
+    return Spread.of(cells(study.stage("repeatability"), log_joules, "config_fingerprint", *boards))
 
 
 def loss_spread(study: Study) -> Spread | None:

@@ -1,4 +1,4 @@
-"""Sections of the reference study that stand first: its cost, its repeatability, the front and epochs."""
+"""Sections of the reference study that stand first: its cost, its repeatability, the front, its members and epochs."""
 
 from __future__ import annotations
 
@@ -113,12 +113,14 @@ def repeatability(study: Study) -> Section:
         "deviation; of joules relative to the mean, within one board.",
         markdown(head, body),
     ]
-    if joules is not None and losses is not None:
+    over = data.joules_spread(study, over_boards=True)
+    if joules is not None and over is not None and losses is not None:
         said.append(
-            f"Pooled: joules {joules.value:.2%} ({joules.dof} degrees of freedom), loss {losses.value:.4f} nat "
-            f"({losses.dof})."
+            f"Pooled: joules {joules.value:.2%} within a board ({joules.dof} degrees of freedom), {over.value:.2%} "
+            f"over all boards, {'corrected' if study.corrected else 'not corrected'} ({over.dof}); loss "
+            f"{losses.value:.4f} nat ({losses.dof})."
         )
-        said.append(_effects(rows, joules.value, losses.value))
+        said.append(_effects(study, rows, max(joules.value, over.value), losses.value))
     same = _same_trials(study)
     if same is not None:
         said.append(
@@ -144,7 +146,7 @@ def _cell_row(group: Sequence[Row], board: str) -> list[str]:
     ]
 
 
-def _effects(rows: Sequence[Row], joules: float, losses: float) -> str:
+def _effects(study: Study, rows: Sequence[Row], joules: float, losses: float) -> str:
     """Each configuration against the first, paired by seed, in multiples of the spreads."""
     groups = list(data.by_config(rows).values())
     base = max(groups, key=lambda group: (not data.acts(group[0]), group[0]["config"]["top_k"]))
@@ -167,7 +169,9 @@ def _effects(rows: Sequence[Row], joules: float, losses: float) -> str:
             ]
         )
     head = ("configuration", "joules (log ratio)", "× spread", "loss, nat", "× spread", "joules beyond 3×")
-    return f"Against {base[0]['name']}, paired by seed, boards corrected:\n\n{markdown(head, body)}"
+    where = data.footing(study, rows, base)
+    said = f"Against {base[0]['name']}, paired by seed, in multiples of the larger spread. {where}"
+    return f"{said}\n\n{markdown(head, body)}"
 
 
 def _same_trials(study: Study) -> tuple[data.Spread, data.Spread] | None:
@@ -195,6 +199,78 @@ def front(study: Study) -> Section:
     if effects:
         said.append(effects)
     return Section(title="The front", text=tuple(said), figures=(_front_chart(found, rows, "front"),))
+
+
+def members(study: Study) -> Section:
+    """The front's members and their neighbours with more seeds, on the test split."""
+    title = "The front's members on the test split"
+    table, rows = study.table("members"), data.named(study.stage("members"))
+    if table is None:
+        return Section(title=title, text=(NOT_RUN,))
+    found = pareto_front(table, y="test_loss_nats")
+    groups, places = data.by_config(rows), {row["config_fingerprint"]: row for row in _places(found, rows)}
+    first = study.table("front")
+    chosen = (
+        set()
+        if first is None
+        else {
+            row["config_fingerprint"] for row in _places(pareto_front(first), study.stage("front")) if row["on_front"]
+        }
+    )
+    at = data.baseline([row["config"] for row in rows])
+    base = [] if at is None else groups[rows[at]["config_fingerprint"]]
+    order = sorted(groups, key=lambda key: float(np.mean([*map(data.log_joules, groups[key])])))
+    body = [_second_look(groups[key], base, places[key], key in chosen) for key in order if key in places]
+    head = (
+        "configuration",
+        "seeds",
+        "mJ/token",
+        "test loss, nat",
+        "joules, %",
+        "test loss, nat, change",
+        "on test",
+        "P(front)",
+    )
+    against = f" from {base[0]['name']}, paired by seed" if base else " (no baseline ran)"
+    stay = sum(places[key]["on_front"] for key in chosen & set(places))
+    said = (
+        "Chosen on validation loss by one seed, judged here on the test split by seeds that did not choose. Means with "
+        f"95 % intervals over seeds; changes{against}, joules per token as a log ratio. "
+        f"{data.footing(study, rows, base)}"
+    )
+    told = f"{stay} of {len(chosen & set(places))} members that ran again are undominated on test (●: was a member)."
+    return Section(
+        title=title,
+        text=(said, markdown(head, body), told),
+        figures=(_front_chart(found, {row["trial_id"]: row for row in rows}, "members"),),
+    )
+
+
+def _places(found: Front, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every configuration of a front, with its fingerprint."""
+    known = {row["trial_id"]: row["config_fingerprint"] for row in rows}
+    every = found.rows(members_only=False)
+    return [{**row, "config_fingerprint": known[row["trial_id"].split()[0]]} for row in every]
+
+
+def _second_look(group: Sequence[Row], base: Sequence[Row], place: dict[str, Any], member: bool) -> list[str]:
+    same = bool(base) and group[0]["config_fingerprint"] == base[0]["config_fingerprint"]
+    joules = None if same else data.paired(group, base, data.log_joules)
+    loss = None if same else data.paired(group, base, data.test_loss)
+    per_token, test = (
+        Mean.of(row["train_energy_j"] / row["tokens_trained"] for row in group),
+        Mean.of(map(data.test_loss, group)),
+    )
+    return [
+        group[0]["name"] + (" ●" if member else ""),
+        str(len(group)),
+        "–" if per_token is None else per_token.text(4, scale=1e3),
+        "–" if test is None else test.text(4),
+        "–" if joules is None else joules.text(2, scale=100, sign=True),
+        "–" if loss is None else loss.text(4, sign=True),
+        "undominated" if place["on_front"] else "dominated",
+        text(place["front_probability"], 2),
+    ]
 
 
 def _members(found: Front, rows: dict[str, Row]) -> str:
@@ -239,17 +315,18 @@ def _rest(row: Row) -> tuple[Any, ...]:
 
 def _front_chart(found: Front, rows: dict[str, Row], name: str) -> Chart:
     look = Look.of(list(rows.values()))
+    x, y = (axis.column for axis in found.objectives)
     points = []
     for row in found.rows(members_only=False):
         trial = rows[row["trial_id"].split()[0]]
         equal = len(set(trial["config"]["expert_width_factors"] or [1])) == 1
         points.append(
             Point(
-                x=row["train_energy_j"],
-                y=row["eval_loss_nats"],
+                x=row[x],
+                y=row[y],
                 tip=trial["name"],
-                x_range=_range(row, "train_energy_j"),
-                y_range=_range(row, "eval_loss_nats"),
+                x_range=_range(row, x),
+                y_range=_range(row, y),
                 colour=None if equal else look.colour(trial),
                 shape=look.shape(trial),
                 strong=row["on_front"],
@@ -262,8 +339,8 @@ def _front_chart(found: Front, rows: dict[str, Row], name: str) -> Chart:
         id=name,
         title="Loss against training energy",
         alt=f"{len(found)} of {len(found.on_front_N)} configurations are on the front.",
-        x=Axis(title=title_of("train_energy_j", modelled=found.modelled)),
-        y=Axis(title=title_of("eval_loss_nats", modelled=False)),
+        x=Axis(title=title_of(x, modelled=found.modelled)),
+        y=Axis(title=title_of(y, modelled=False)),
         points=tuple(points),
         lines=(stairs,),
         legend=(

@@ -84,6 +84,15 @@ class Tenant:
         return max(1, round(seconds / ((time.monotonic() - start_s) / 50)))
 
 
+def texts(corpus: Corpus, base: str) -> tuple[TokenSplit, TokenSplit]:
+    """(to train on, unseen): of a base that has read the training split, the other splits are what is unseen."""
+    if base == "random":
+        return halves(corpus.splits["train"])
+    others = [split for name, split in corpus.splits.items() if name != "train"]
+    joined = {name: torch.cat([getattr(split, name) for split in others]) for name in ("blocks_NS", "domain_N")}
+    return corpus.splits["train"], dataclasses.replace(others[0], **joined)
+
+
 def halves(split: TokenSplit, every: int = 3) -> tuple[TokenSplit, TokenSplit]:
     """(to train on, held out): each third block is held out."""
     held_N = torch.arange(len(split.blocks_NS)) % every == every - 1

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from benchmarks import mixed_corpus, study, study_rows
+from benchmarks import mixed_corpus, study, study_members, study_phases, study_rows
 from benchmarks.study_controls import references
 from benchmarks.study_rows import STAGES, Mean, Spread
+from benchmarks.trained import texts
+from pipelines.chart import Chart
 from pipelines.config import TrialConfig
+from pipelines.data import Corpus, TokenSplit
 from pipelines.plan import plan_sweep
 from pipelines.records import TrialRecord
 from pipelines.trial_rows import config_columns
@@ -26,16 +34,24 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Studies whose tables are committed beside their data.
 COMMITTED = sorted(path.parent for path in ROOT.glob("docs/study-*/tables.md"))
 BOARDS = ("GPU-aaaa", "GPU-bbbb")
+#: Stages whose space is shipped; that of `members` comes from the front's results.
+SPACES = [stage for stage in STAGES if stage != "members"]
 
 
 def trials(stage: str, **options: Any) -> tuple[TrialConfig, ...]:
     return plan_sweep(load_space(shipped_spaces()[f"study/{stage}.yaml"]), **options).trials
 
 
+def second_look(folder: Path, **options: int) -> tuple[TrialConfig, ...]:
+    """The trials of stage `members` after the front that lies in a folder."""
+    study_members.write(folder, "front", folder / "members.yaml", **({"seeds": 5, "most": 8} | options))
+    return plan_sweep(load_space(folder / "members.yaml")).trials
+
+
 # --- the spaces --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SPACES)
 def test_every_stage_has_a_space_of_the_models_own_size(stage: str) -> None:
     space = load_space(shipped_spaces()[f"study/{stage}.yaml"])
     assert space.question
@@ -54,7 +70,7 @@ def test_the_front_crosses_prices_with_top_k_and_regularizers_where_widths_diffe
 
 
 def test_controls_share_seeds_and_the_configurations_of_other_stages() -> None:
-    by_stage = {stage: {config.fingerprint for config in trials(stage)} for stage in STAGES}
+    by_stage = {stage: {config.fingerprint for config in trials(stage)} for stage in SPACES}
     assert by_stage["repeatability"] < by_stage["front"]
     assert by_stage["repeatability"] < by_stage["controls"]
     for stage in ("controls", "controls_routers"):
@@ -65,10 +81,10 @@ def test_controls_share_seeds_and_the_configurations_of_other_stages() -> None:
 # --- the tables --------------------------------------------------------------------------------------------
 
 
-def rows_of(stage: str, rng: np.random.Generator) -> list[TrialRecord]:
+def rows_of(stage: str, configs: tuple[TrialConfig, ...], rng: np.random.Generator) -> list[TrialRecord]:
     """Trials of a stage with joules and losses by formula: K = 1 takes a fifth less, λ a tenth, boards differ."""
     made = []
-    for i, config in enumerate(trials(stage)):
+    for i, config in enumerate(configs):
         board, factor = BOARDS[i % 2], 1.04 if i % 2 else 1.0
         joules = 1000.0 * config.epochs * factor
         joules *= {1: 0.8, 2: 1.0, 4: 1.5}[config.top_k] if not config.is_dense else 0.7
@@ -89,6 +105,7 @@ def rows_of(stage: str, rng: np.random.Generator) -> list[TrialRecord]:
                 tokens_trained=1_000_000 * config.epochs,
                 train_j_per_token=joules / 1e6 / config.epochs,
                 eval_loss_nats=loss + 0.001 * rng.standard_normal(),
+                test_loss_nats=loss + 0.1 + 0.001 * rng.standard_normal(),
                 train_duration_s=joules / 600,
                 duration_s=joules / 300,
                 mean_selected_width=None if config.is_dense else 2000.0,
@@ -102,7 +119,8 @@ def rows_of(stage: str, rng: np.random.Generator) -> list[TrialRecord]:
 def written(folder: Path, *stages: str) -> Path:
     rng = np.random.default_rng(0)
     for stage in stages:
-        store = synthetic.write(folder, rows_of(stage, rng))
+        configs = second_look(folder) if stage == "members" else trials(stage)
+        store = synthetic.write(folder, rows_of(stage, configs, rng))
     synthetic.write_anchors(
         store,
         *(
@@ -113,9 +131,51 @@ def written(folder: Path, *stages: str) -> Path:
     return folder
 
 
+def at_test_time(folder: Path) -> None:
+    """What benchmarks/adapt.py and benchmarks/opening.py leave; the second load is missed by the replay alone."""
+
+    def windows(*millijoules: float | None) -> list[dict[str, Any]]:
+        return [{"j_per_token": value and value / 1e3} for value in millijoules]
+
+    change = {"budget_j": 1.1e-3, "before": 0.001, "infeasible": False, "first": windows(1.1, 1.1)}
+    kept = {"budget_j": 1.1e-3, "off": -0.0021, "spread": [1.1e-3] * 20, "pairs": [{}] * 5, "raw": [0.0012, 0.0005]}
+    point = {"energy_lambda": 4.0, "j_per_token": 0.9e-3, "loss_nats": 3.5, "width": 2000.0}
+    price = {
+        "name": "join 3072",
+        "table_j": 5e-6,
+        "learnt_j": 6e-6,
+        "low_j": -math.inf,
+        "high_j": 9e-6,
+        "trusted": False,
+    }
+    adapt = {
+        "device": {"name": "Synthetic GPU", "source": "counter", "set": {"base": "/elsewhere/study-base"}},
+        "training energy": {"router": "energy", "tokens": 4_000_000},
+        "reach": {"points": [point | {"energy_lambda": 0.0, "j_per_token": 1.2e-3}, point]},
+        "budget 0.75": {**kept, "at_equal_joules": [0.0003, math.nan], "update_s": 0.2, "span_s": 20.0},
+        "budget 0.25 failed": "Traceback",
+        "load changes": {
+            "feedback": {**change, "jump": 0.08, "settled": 0.004, "second": windows(1.2, None, 1.1)},
+            "replay": {**change, "jump": 0.08, "settled": 0.081, "second": windows(1.2, 1.2, 1.2)},
+        },
+        "prices": {"profile": "synthetic", "analytic": False, "windows": 30, "prices": [price]},
+    }  # fmt: skip
+    row = {"trained": "topk", "batch": 32, "router": "topk", "top_k": 2, "energy_lambda": 0.0, "loss_nats": 3.5}
+    measured = {"open": 6.5, "mj_per_token": 2.0, "uncertainty_mj": 0.01, "step_ms": 0.7, "step": "captured"}
+    priced = {"router": "opening", "energy_lambda": 0.01, "mj_per_token": None}
+    opened = {
+        "rows": [row | measured, row | measured | priced],
+        "overhead": [{"trained": "topk", "batch": 32, "share_of_step": 0.1, "share_of_joules": 0.07}],
+    }
+    (folder / "adapt.json").write_text(json.dumps(adapt), encoding="utf-8")
+    (folder / "opening.json").write_text(json.dumps(opened), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("study"), *STAGES)
+    folder = written(tmp_path_factory.mktemp("study"), *STAGES)
+    at_test_time(folder)
+    return folder
 
 
 def numbers(line: str) -> list[float]:
@@ -141,8 +201,132 @@ def test_effects_that_were_put_in_come_out(whole: Path) -> None:
     assert loss == pytest.approx(0.0, abs=0.06)
     assert 0 < half < 0.01
     assert joules == pytest.approx(100 * math.log(0.7), abs=1)
+    longer = numbers(line(text, "dense, 2 epochs", after="Against no price").replace("5 |", "", 1))
+    assert longer[2] == pytest.approx(100 * math.log(1.4), abs=1)  # all of its joules, not those per token
     assert "mean absolute error 10.0%" in text
     assert "orders 100.0% alike" in text
+
+
+def test_the_fronts_members_and_neighbours_run_again_with_seeds_of_their_own(whole: Path) -> None:
+    planned = second_look(whole)
+    assert {config.seed for config in planned} == {1, 2, 3, 4, 5}  # the front has seed 0
+    first = [config for config in planned if config.seed == 1]
+    assert len(first) == 9
+    front, settings = study_members.front_of(whole, "front")
+    by_fingerprint = {TrialConfig.parse(config).fingerprint: i for i, config in enumerate(settings)}
+    chosen = [by_fingerprint[config.fingerprint] for config in first]  # the experiments are the front's, keys and all
+    order = front.order().tolist()
+    assert {order[0], order[-1], study_rows.baseline(settings)} <= set(chosen)
+    beside = set[int]().union(*(study_members.neighbours(settings, i) for i in order))
+    assert set(chosen) <= {*order, *beside, study_rows.baseline(settings)}
+    shapes = [(c.regularizer, c.width_factors, c.top_k) for c in first]
+    runs = 1 + sum(one != other for one, other in itertools.pairwise(shapes))
+    assert runs == len(set(shapes)) <= 6  # trials of one shape stand side by side, and a process keeps them all
+
+
+def test_a_front_of_too_many_members_is_thinned_evenly() -> None:
+    configs = [{**TrialConfig(energy_lambda=i / 10).model_dump(mode="json"), "router": "energy"} for i in range(20)]
+    joules, loss = 20.0 - np.arange(20), 3.0 + np.arange(20)
+    chosen = study_members.choose(configs, joules, loss, np.ones(20, bool), 5)
+    assert sorted(chosen) == [0, 5, 9, 14, 19]
+
+
+def test_neighbours_differ_by_one_step_of_price_or_top_k() -> None:
+    configs = [
+        {**TrialConfig(top_k=k, energy_lambda=p).model_dump(mode="json")} for k in (1, 2, 4) for p in (0.0, 0.1, 1.0)
+    ]
+    assert study_members.neighbours(configs, 4) == {3, 5, 1, 7}
+    assert study_members.neighbours(configs, 0) == {1, 3}
+
+
+def test_members_are_judged_on_the_test_split_against_the_baseline(whole: Path) -> None:
+    found = study.load(whole)
+    text = study.page(found, study.sections(found)).split("members on the test split", 1)[1].split("\n## ")[0]
+    assert "changes from top-k, K=2, paired by seed" in text
+    assert "joules of boards are corrected by their anchors" in text
+    row = next(line for line in text.splitlines() if line.startswith("| top-k, K=1"))
+    joules, half, loss = numbers(row.split("|")[5])[0], numbers(row.split("|")[5])[1], numbers(row.split("|")[6])[0]
+    assert joules == pytest.approx(100 * math.log(0.8), abs=1)
+    assert 0 < half < 1
+    assert loss == pytest.approx(0.05, abs=0.005)
+
+
+def test_budgets_changes_and_prices_come_from_the_benchmark_beside_the_data(whole: Path) -> None:
+    found = study.load(whole)
+    text = study.page(found, study.sections(found))
+    assert "Model: the study's dense model, 4.0 M tokens with energy" in text
+    assert "0.9000 to 1.2000 mJ/token (25.0%)" in text
+    assert "| 75% | 1.1000 | 20 | -0.21% | 5 | +0.00120 ± 0.00050 | +0.00030 | 1.00% |" in text
+    assert "| load | replay | +0.10% | +8.00% | +8.10% |  |" in text
+    assert "| join 3072 | 5.000 | 6.000 | – to 9.000 | no |" in text
+    assert "Broke off: budget 0.25." in text
+    chart = next(figure for section in study.sections(found) for figure in section.figures if figure.id == "load")
+    assert isinstance(chart, Chart)
+    assert [list(line.x) for line in chart.lines[:2]] == [
+        [1, 2, 3, 5],
+        [1, 2, 3, 4, 5],
+    ]  # an unmeasured window is left out
+    assert "| topk, K=2 | topk | 32 | 3.5000 | 6.50 | 2.000 ± 0.020 | 0.700 |" in text
+    assert "+7.0% joules, +10.0% time at batch 32 (topk)" in text
+
+
+def test_text_that_a_base_has_read_is_not_called_unseen() -> None:
+    def split(value: int) -> TokenSplit:
+        blocks_NS = torch.full((6, 8), value, dtype=torch.int32)
+        return TokenSplit(blocks_NS=blocks_NS, domain_N=torch.zeros(6, dtype=torch.int64), bytes_per_token=4.0)
+
+    splits = {name: split(i) for i, name in enumerate(("train", "validation", "test"))}
+    corpus = Corpus(splits=splits, domains=("a",), vocab_size=3, fingerprint="", end_id=None)
+    assert [len(part.blocks_NS) for part in texts(corpus, "random")] == [4, 2]
+    learnt, unseen = texts(corpus, "study-base")
+    assert learnt is splits["train"]
+    assert unseen.blocks_NS[:, 0].tolist() == [1] * 6 + [2] * 6
+    assert len(unseen.domain_N) == 12
+
+
+def test_phases_make_no_claim_where_launches_bound_the_time(whole: Path) -> None:
+    found = study.load(whole)
+    row = next(row for row in study_rows.named(found.stage("phases")) if row["name"] == "top-k, K=2")
+    row |= {"gpu_name": "NVIDIA H100 80GB HBM3"}  # whose launches a profile knows
+
+    def one(batch: int, milliseconds: float) -> study_phases.Reached:
+        watts = row[f"decode_j_per_token_b{batch}"] / row["board_factor"] * batch / milliseconds * 1e3
+        phases = study_phases.reached(row, {(row["trial_id"], f"decode_b{batch}"): watts}, (batch,))
+        assert phases["prefill"].seconds is None  # no samples of it
+        return phases[f"decode, batch {batch}"]
+
+    assert one(1, 0.5).seconds == pytest.approx(0.5e-3)
+    assert one(1, 0.5).by_launches
+    assert not one(128, 0.5).by_launches  # all experts are read
+    assert one(128, 0.25).flops_per_s == pytest.approx(2 * (one(128, 0.5).flops_per_s or 0))
+    text = study.page(found, study.sections(found)).split("## Phases apart", 1)[1].split("\n## ")[0]
+    claims = {
+        row.split("|")[2].strip(): row.split("|")[-2].strip() for row in text.splitlines() if "| training |" in row
+    }
+    assert claims["top-k, K=2"] == ""
+    assert claims["top-k, K=1"] == claims["energy, K=2, λ=1"] == "fewer joules"
+    assert (
+        "| decode, batch 1 | top-k, K=1 | 1.000 | – | – | – | – | – | none: time or repeatability not known |" in text
+    )
+
+
+def test_boards_without_an_anchor_are_compared_within_themselves_only(tmp_path: Path) -> None:
+    written(tmp_path, "controls")
+    for path in tmp_path.glob("anchors/*/*.parquet"):
+        path.unlink()
+    found = study.load(tmp_path)
+    assert not found.corrected
+    rows = found.stage("controls")
+    base, *others = list(study_rows.by_config(rows).values())
+    board = {row["seed"]: row["gpu_uuid"] for row in base}
+    for group in others:
+        mean = study_rows.paired(group, base, study_rows.log_joules)
+        same = [row for row in group if row["gpu_uuid"] == board[row["seed"]]]
+        assert (0 if mean is None else mean.count) == len(same)
+    text = study.page(found, study.sections(found))
+    assert "boards have no anchor, so only these are compared" in text
+    assert "At equal loss: not judged" in text
+    assert "saves" not in text.split("## Controls", 1)[1]
 
 
 def test_saving_at_equal_loss_is_that_over_the_line_of_top_k(whole: Path) -> None:
@@ -176,7 +360,7 @@ def test_figures_are_written_for_papers(whole: Path, tmp_path: Path) -> None:
     study.write(whole, tmp_path)
     names = {path.stem for path in tmp_path.glob("*.png")}
     assert names == {path.stem for path in tmp_path.glob("*.svg")} == {
-        "front", "controls", "phases", "model-1", "model-2", "collapse",
+        "front", "members", "controls", "phases", "load", "model-1", "model-2", "collapse",
     }  # fmt: skip
 
 
@@ -210,6 +394,27 @@ def test_small_samples_have_students_intervals() -> None:
 )
 def test_a_sweep_belongs_to_the_stage_that_its_name_says(sweep_id: str, stage: str | None) -> None:
     assert study_rows.stage(sweep_id) == stage
+
+
+def test_stages_run_one_after_another_and_one_that_fails_does_not_end_the_rest(tmp_path: Path) -> None:
+    for name in ("joulemoe", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$LOG"\ncase "$*" in *epochs*) exit 3;; esac\n')
+        (tmp_path / name).chmod(0o755)
+    stages = ["epochs=36", "members=90"]
+    ran = subprocess.run(
+        [ROOT / "benchmarks/study.sh", "out", "text", "words", "base", *stages],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")},
+        capture_output=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert b"stage epochs ended with 3" in ran.stderr
+    more = "--base base --tokenizer words --data text --max-hours"
+    assert (tmp_path / "log").read_text().splitlines() == [
+        f"joulemoe sweep tune_spaces/study/epochs.yaml --out out --sweep-id epochs {more} 0.01",
+        "python -m benchmarks.study_members out --out out/members.yaml",
+        f"joulemoe sweep out/members.yaml --out out --sweep-id members {more} 0.025",
+    ]
 
 
 # --- text of packages --------------------------------------------------------------------------------------
