@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pipelines.pareto import Front
     from pipelines.records import Store
     from pipelines.tracking import Tracker
 
@@ -63,9 +64,7 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
     from pipelines import compaction
     from pipelines.checkpoints import final_models
     from pipelines.config import StorageError
-    from pipelines.epoch_ends import front_table
     from pipelines.journal import Journal
-    from pipelines.pareto import pareto_front
     from pipelines.records import Store
     from pipelines.report import write_report
     from pipelines.show import print_front
@@ -76,7 +75,7 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
         compaction.compact(store, sweep_id)
     except (OSError, RuntimeError) as error:
         console.print(f"The tables stay in many files ({error}).", markup=False)
-    front = pareto_front(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
+    front = _own_front(store, out, sweep_id)
     print_front(front, console)
     if not len(front):
         return False
@@ -253,8 +252,6 @@ def compact(out: Out, sweep: Sweep = None) -> None:
 
 def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
     """Bring the Parquet rows into MLflow once more."""
-    from pipelines.epoch_ends import front_table
-    from pipelines.pareto import pareto_front
     from pipelines.records import Store
     from pipelines.tracking import Tracker
 
@@ -265,7 +262,7 @@ def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
         count = tracker.mirror(store, sweep_id)
         folder = Path(out) / "report" / sweep_id
         tracker.start_sweep(sweep_id)
-        front = pareto_front(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
+        front = _own_front(store, out, sweep_id)
         tracker.finish_sweep(front, artifacts=sorted(folder.glob("*")))
     typer.echo(f"{count} attempts mirrored to {tracker.uri}")
 
@@ -298,6 +295,16 @@ def schema(
         return
     head = write.read_text(encoding="utf-8").split("## `", maxsplit=1)[0]
     write.write_text(head + schema_markdown(), encoding="utf-8")
+
+
+def _own_front(store: Store, out: str | os.PathLike[str], sweep_id: str) -> Front:
+    """The front of a sweep by the objectives and directions that it searched by."""
+    from pipelines.epoch_ends import front_table
+    from pipelines.pareto import pareto_front
+    from pipelines.plan import objectives_of
+
+    axes = objectives_of(out, sweep_id)
+    return pareto_front(store, *axes, sweep_id=sweep_id, table=front_table(store, sweep_id, axes))
 
 
 def _link_lines(tracker: Tracker, sweep_id: str, base: str = "http://127.0.0.1:5000") -> list[str]:

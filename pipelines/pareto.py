@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,6 +72,14 @@ class Objective:
     def sign(self) -> float:
         """Factor that turns values into costs."""
         return -1.0 if self.maximise else 1.0
+
+    def cost(self, value: float | None) -> float:
+        """A value as searches count it: less is better, joules as logarithms (nats); NaN where it is none."""
+        if value is None or not math.isfinite(value):
+            return math.nan
+        if hygiene.is_energy(self.column):
+            value = math.log(value) if value > 0 else math.nan
+        return self.sign * value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

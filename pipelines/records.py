@@ -378,6 +378,13 @@ class Store:
         parquet.write(table, target, None if self.local else self.fs)
         return target
 
+    def of_attempt(self, record: type[Record], sweep_id: str, trial_id: str, attempt: int) -> list[dict[str, Any]]:
+        """One attempt's rows of a table; none where its file is not there (or was compacted)."""
+        path = self.path(record, sweep_id, trial_id, attempt)
+        if not self.fs.get_file_info(path).is_file:
+            return []
+        return list(pads.dataset(path, schema=arrow_schema(record), filesystem=self.fs).to_table().to_pylist())
+
     def read(
         self,
         record: type[Record],

@@ -23,7 +23,7 @@ from pipelines.budget import Budget
 from pipelines.checkpoints import prune_finals
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
-from pipelines.epoch_ends import front_table
+from pipelines.epoch_ends import Ends, front_table
 from pipelines.follow import SweepCallback
 from pipelines.heartbeat import Meter
 from pipelines.journal import Journal
@@ -155,7 +155,10 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     final = {trial_id for trial_id, row in known.items() if recover.is_final(row)}
     meter, session = Meter(f"{journal.root}/beats" if journal.local else None), uuid.uuid4().hex
     reserve = anchors.Reserve(store, plan.sweep_id, session)
-    budget = Budget(plan, meter.read_j, list(known.values()), before_s=journal.seconds(), reserve_j=reserve.read_j)
+    how: dict[str, Any] = {"before_s": journal.seconds(), "reserve_j": reserve.read_j}
+    if plan.stall is not None:
+        how["ends_of"] = Ends(store, plan.sweep_id, plan.objectives).of
+    budget = Budget(plan, meter.read_j, list(known.values()), **how)
     work = _work(plan, journal, run, session, list(known.values()), final)
     if work is None:
         return None
@@ -186,7 +189,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
             book(meter.read_j())
         follower.close()
         with contextlib.suppress(OSError):
-            prune_finals(journal, _front_members(store, plan.sweep_id))
+            prune_finals(journal, _front_members(store, plan))
             recover.remove_leftovers(store, journal)
 
 
@@ -205,9 +208,10 @@ def _with_rows(store: Store, plan: SweepPlan) -> set[tuple[str, int]]:
     return {(row["trial_id"], row["attempt"]) for row in rows}
 
 
-def _front_members(store: Store, sweep_id: str) -> set[str]:
-    """Trials whose configuration is on a front; of anytime trials any point of it."""
-    fronts = pareto_fronts(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
+def _front_members(store: Store, plan: SweepPlan) -> set[str]:
+    """Trials whose configuration is on a front of the sweep's objectives; of anytime trials any point of it."""
+    table = front_table(store, plan.sweep_id, plan.objectives)
+    fronts = pareto_fronts(store, *plan.objectives, sweep_id=plan.sweep_id, table=table)
     return {trial for front in fronts for row in front.rows() for trial in str(row["trial_id"]).split()}
 
 

@@ -19,7 +19,7 @@ import torch
 
 from hwcost import DeviceInfo, EnergyMonitor
 from pipelines import heartbeat, ledger, recover
-from pipelines.budget import Budget, stalls
+from pipelines.budget import Budget
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
 from pipelines.follow import SweepCallback
@@ -30,8 +30,7 @@ from pipelines.plan import plan_sweep
 from pipelines.records import EpochRecord, PointRecord, Store, TrialRecord
 from pipelines.training import Trainer, learning_rate
 from pipelines.trial import Trial, TrialKey, run_trial
-from tests.pipelines.synthetic import trial as synthetic
-from tune_spaces import Grid, Space
+from tune_spaces import Space
 
 
 def test_what_was_spent_beyond_a_checkpoint_is_lost() -> None:
@@ -286,25 +285,6 @@ def test_an_attempt_that_died_gets_its_row(tiny: dict[str, Any], tmp_path: Path)
     before = recover.row_before(store, journal, config.trial_id)
     assert recover.spent_j(before, journal.attempts(config.trial_id)) == pytest.approx(1000.0)
     assert journal.claim(config.trial_id, claim) == 1
-
-
-@pytest.mark.parametrize(("gains", "ends"), [((0.5, 0.4, 0.3), False), ((0.5, 3.0, 3.0), True)])
-def test_a_front_that_does_not_grow_ends_the_sweep(gains: tuple[float, ...], ends: bool) -> None:
-    points = [(10.0, 3.0), (20.0, 2.0), *((5.0, gain) for gain in gains)]
-    assert stalls(points, 2) is ends
-    assert not stalls(points[:2], 2)
-
-
-def test_budgets_name_their_reason(tiny: dict[str, Any]) -> None:
-    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
-    budget = Budget(plan_sweep(space, max_joules=100), lambda: 101.0)
-    assert budget.stop_all()
-    assert budget.reason == "max_joules: 101 J of 100 J are spent"
-    assert not Budget(plan_sweep(space, max_joules=100), lambda: None).stop_all()
-    late = Budget(plan_sweep(space, max_hours=1), lambda: None, before_s=3601)
-    assert late.stop_all()
-    known = [synthetic(f"t{i}", train_energy_j=10.0 + i, eval_loss_nats=3.0) for i in range(6)]
-    assert Budget(plan_sweep(space, stall=3), lambda: None, known).stop_all()
 
 
 def test_a_trial_on_the_cpu_of_a_gpu_host_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
