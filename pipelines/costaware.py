@@ -122,11 +122,15 @@ class CostAwareStudy:
         self.asked[config.trial_id] = config
         return config
 
-    def tell(self, trial_id: str, row: TrialRecord | None) -> None:
-        """The outcome of a trial; None: it left no row. One that was stopped or failed has no objectives."""
+    def tell(self, trial_id: str, row: TrialRecord | None, *, stopped: bool = False) -> None:
+        """The outcome of a trial; None: it left no row. One that was `stopped` or failed has no objectives: it is not
+        asked for again, and nothing is believed from it.
+        """
         config = self.asked.pop(trial_id, None)
         if config is not None:
             self.outcomes[trial_id] = config, self.values_of(row)
+        elif row is not None:  # begun in an earlier session, so that this study did not ask for it
+            self.remember(row)
 
     def remember(self, row: TrialRecord) -> None:
         """An outcome of an earlier session."""
