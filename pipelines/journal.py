@@ -2,6 +2,7 @@
 
 OUT/sweeps/<sweep_id>/plan.json              what was asked for
 OUT/sweeps/<sweep_id>/attempts/<trial>-<n>.json   one claim per attempt: configuration, process, joules before it
+OUT/sweeps/<sweep_id>/points/<trial>-<n>.json     points that an anytime attempt has reached so far
 OUT/sweeps/<sweep_id>/beats/<host>-<pid>.jsonl    counters of the devices of one actor (see `heartbeat`)
 OUT/sweeps/<sweep_id>/driver.lock            held by the one driver (driver.json on an object store)
 OUT/sweeps/<sweep_id>/sessions.json          how long each session ran
@@ -27,6 +28,11 @@ from pipelines.config import ConfigError, StorageError
 
 #: A remote lease that was not renewed for so long belongs to a driver that is gone.
 LEASE_S = 30.0
+
+
+def points_document(attempt: str) -> str:
+    """Name of the document in which an attempt (`<trial>-<n>`) keeps the points that it has reached."""
+    return f"points/{attempt}.json"
 
 
 class Journal:

@@ -162,7 +162,7 @@ class PointRecord:
     trial_fingerprint: str = column("config_fingerprint of the trial that passed through this point")
     seed: int = column("random seed")
     state: str = column("state of the trial's row; a point itself is whole")
-    censored: bool = column("always false: a point is a valid end")
+    censored: bool = column("true where the trial ended before its configured epochs; a point that it had reached is a valid end, and may be on a front")
     router: str = column("router name")
     energy_lambda: float | None = column("energy price λ", unit="nat per c_ref", null="router without a price")
     top_k: int | None = column("experts selected per token", null="dense, or K varies")

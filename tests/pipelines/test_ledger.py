@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -22,10 +23,12 @@ from pipelines import heartbeat, ledger, recover
 from pipelines.budget import Budget
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
+from pipelines.epoch_ends import front_table
 from pipelines.follow import SweepCallback
 from pipelines.journal import Journal
 from pipelines.ledger import Carry
 from pipelines.model import Hardware, build_model
+from pipelines.pareto import pareto_front
 from pipelines.plan import plan_sweep
 from pipelines.records import EpochRecord, PointRecord, Store, TrialRecord
 from pipelines.training import Trainer, learning_rate
@@ -185,6 +188,40 @@ def test_anytime_points_are_what_trials_of_that_length_are(tiny: dict[str, Any],
     assert record.branches_energy_j == pytest.approx(points[0]["branch_energy_j"] + points[1]["branch_energy_j"])
     names = ("setup", "train", "eval", "branches", "idle", "lost")
     assert sum(getattr(record, f"{name}_energy_j") for name in names) == pytest.approx(record.total_energy_j)
+
+
+@pytest.mark.parametrize(("ended_by", "state"), [("scheduler", "STOPPED"), ("died", "FAILED")])
+def test_an_anytime_trial_that_is_ended_keeps_its_points(
+    tiny: dict[str, Any], tmp_path: Path, ended_by: str, state: str
+) -> None:
+    config = TrialConfig.parse(tiny | {"epochs": "anytime:4"})
+    journal, store, key = Journal(str(tmp_path), "s"), Store(tmp_path), TrialKey(sweep_id="s", trial_id=config.trial_id)
+    with ledger.trial_monitor() as monitor:
+        journal.claim(config.trial_id, recover.empty_claim(config) | {"source": monitor.source})
+        trial = Trial(config, key, store, monitor, journal=journal)
+        reached = [trial.advance() for _ in range(3)][1:]  # and the scheduler says stop
+    assert not store.files(PointRecord, "s")
+    (row,) = recover.write_missing(store, journal, ended_by=ended_by, alive=True)
+    points = store.read(PointRecord, "s").to_pylist()
+    assert [point["epochs"] for point in points] == [1, 2]
+    for point, epoch in zip(points, reached, strict=True):
+        assert isinstance(epoch, EpochRecord)
+        assert (point["state"], point["censored"]) == (row.state, row.censored) == (state, state == "STOPPED")
+        assert (point["eval_loss_nats"], point["train_energy_j"]) == (epoch.eval_loss_nats, epoch.train_energy_j)
+        assert point["branch_energy_j"] == epoch.epoch_energy_j
+    assert row.corpus_fingerprint == trial.corpus.fingerprint
+    front = pareto_front(store, sweep_id="s", table=front_table(store, "s"))
+    assert {row["epochs"] for row in front.rows(members_only=False)} == {1, 2}
+    with ledger.trial_monitor() as monitor:
+        journal.claim(config.trial_id, recover.empty_claim(config))
+        again = Trial(config, dataclasses.replace(key, attempt=1), store, monitor, journal=journal)
+        again.advance()  # from the checkpoint, and ended before the next point
+    recover.write_missing(store, journal, ended_by=ended_by, alive=True)
+    assert [(p["epochs"], p["attempt"]) for p in store.read(PointRecord, "s").to_pylist()] == [
+        (1, 0), (2, 0), (1, 1), (2, 1)
+    ]  # fmt: skip
+    front = pareto_front(store, sweep_id="s", table="points")
+    assert len(front.rows(members_only=False)) == 2  # the later attempt's stand for the earlier one's
 
 
 def test_wsd_is_stable_then_decays_and_shares_its_trunk(tiny: dict[str, Any]) -> None:
