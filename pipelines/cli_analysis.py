@@ -24,8 +24,7 @@ Out = Annotated[str, typer.Argument(help="Folder (or URI) with the results.")]
 Sweep = Annotated[str | None, typer.Option(help="Sweep id; default: the newest.")]
 Uri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow; default: sqlite in OUT.")]
 Tokens = Annotated[float | None, typer.Option(min=0, help="Tokens decoded over the model's life.")]
-Rows = Annotated[str, typer.Option("--table", help="trials, or points (every epoch boundary).")]
-FrontRows = Annotated[
+Rows = Annotated[
     str | None,
     typer.Option("--table", help="trials, or points (every epoch boundary); default: points where trials are anytime."),
 ]
@@ -106,7 +105,7 @@ def pareto(
     x: Annotated[str, typer.Option(help="COLUMN, COLUMN:min or COLUMN:max.")] = "train_energy_j",
     y: Annotated[str, typer.Option(help="Second axis.")] = "eval_loss_nats",
     z: Annotated[str | None, typer.Option(help="Third axis.")] = None,
-    rows: FrontRows = None,
+    rows: Rows = None,
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.table,
     mix: Annotated[bool, typer.Option(help="Put energy sources, GPU models and power limits together.")] = False,
     per_trial: Annotated[bool, typer.Option(help="Do not average over seeds.")] = False,
@@ -148,14 +147,15 @@ def compare(
     baseline: Annotated[str, typer.Option(help="For example 'router=topk,top_k=2'.")],
     candidate: Annotated[str, typer.Option(help="For example 'router=energy,energy_lambda>0'.")],
     sweep: Sweep = None,
-    rows: Rows = "trials",
+    rows: Rows = None,
     margin: Annotated[float, typer.Option(min=0, help="Losses closer than this are equal, nat per token.")] = 0.01,
     alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Level of the tests.")] = 0.05,
 ) -> None:
     """Say how many joules a candidate saves at equal loss, with evidence or without."""
     from pipelines import compare as comparing
+    from pipelines.epoch_ends import POINTS
     from pipelines.records import Store
-    from pipelines.sections_savings import PAIR_HEAD, pair_cells, verdict
+    from pipelines.sections_savings import PAIR_HEAD, POINTS_NOTE, pair_cells, verdict
 
     with _one_line():
         store = Store(out)
@@ -172,6 +172,8 @@ def compare(
     console.print(sheet)
     loss = found.loss_at_equal_joules
     console.print(verdict(found), markup=False)
+    if found.table == POINTS:
+        console.print(POINTS_NOTE, markup=False)
     if loss is not None:
         span = "one seed gives no interval" if loss.low is None else f"{loss.low:+.4f} to {loss.high:+.4f}"
         console.print(f"At equal joules the loss differs by {loss.mean:+.4f} nat on average ({span}).", markup=False)

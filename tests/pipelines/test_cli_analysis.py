@@ -135,6 +135,14 @@ def test_compare_prints_its_verdict(out: str) -> None:
     code, shown, _ = run("compare", out, "--baseline", "energy_lambda=0", "--candidate", "energy_lambda>0")
     assert code == 0
     assert "no evidence" in shown
+    assert "points that anytime trials" not in shown
+
+
+def test_compare_says_that_it_looked_at_points(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, synthetic.anytime((1, 2, 2)))
+    sides = ("--baseline", "energy_lambda=0", "--candidate", "energy_lambda>0")
+    assert "Compared are the points that anytime trials passed through" in run("compare", str(tmp_path), *sides)[1]
+    assert "points that anytime" not in run("compare", str(tmp_path), *sides, "--table", "trials")[1]
 
 
 def test_export_and_schema(out: str, tmp_path: Path) -> None:
