@@ -48,6 +48,7 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         read_j: joules of the sweep so far, lost work and idle time included; None where nothing is counted.
         before_s: seconds of earlier sessions.
         reserve_j: joules that will be needed after the last trial.
+        holds: whether this process still is the sweep's driver; where not, it ends.
         ends_of: what a trial offers the front of the plan's objectives (`epoch_ends.Ends`).
     """
 
@@ -58,9 +59,10 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         rows: Sequence[TrialRecord] = (),
         before_s: float = 0.0,
         reserve_j: Callable[[], float] = lambda: 0.0,
+        holds: Callable[[], bool] = lambda: True,
         ends_of: Callable[[TrialRecord], Sequence[Mapping[str, Any]]] = completed_end,
     ) -> None:
-        self.plan, self.read_j, self.reserve_j = plan, read_j, reserve_j
+        self.plan, self.read_j, self.reserve_j, self.holds = plan, read_j, reserve_j, holds
         self.reason: str | None = None
         self.broken: OSError | None = None
         self._start_s = time.monotonic() - before_s
@@ -89,7 +91,9 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
     def stop_all(self) -> bool:
         """Asked by Ray Tune many times a second."""
         now = time.monotonic()
-        if self.reason is None and now - self._looked_s >= _LOOK_EVERY_S:
+        if not self.holds():
+            self.reason = "another driver took the sweep over"
+        elif self.reason is None and now - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now
             self.reason = self._judge(now)
         return self.reason is not None

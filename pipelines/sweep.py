@@ -91,7 +91,8 @@ def run_sweep(
     Raises:
         ConfigError: the data, the base model, the devices or `out` cannot be had (nothing was written then), or
             another driver is alive.
-        StorageError: `out` cannot be written any more; a later session goes on from what is there.
+        StorageError: `out` cannot be written any more, or (on an object store) another driver took the sweep over; a
+            later session goes on from what is there.
     """
     out = os.fspath(out) if "://" in os.fspath(out) else os.path.abspath(out)
     journal = Journal(out, plan.sweep_id)
@@ -155,7 +156,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     final = {trial_id for trial_id, row in known.items() if recover.is_final(row)}
     meter, session = Meter(f"{journal.root}/beats" if journal.local else None), uuid.uuid4().hex
     reserve = anchors.Reserve(store, plan.sweep_id, session)
-    how: dict[str, Any] = {"before_s": journal.seconds(), "reserve_j": reserve.read_j}
+    how: dict[str, Any] = {"before_s": journal.seconds(), "reserve_j": reserve.read_j, "holds": journal.holds}
     if plan.stall is not None:
         how["ends_of"] = Ends(store, plan.sweep_id, plan.objectives).of
     budget = Budget(plan, meter.read_j, list(known.values()), **how)
@@ -165,12 +166,15 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     began_s = time.monotonic()
 
     def book(joules: float | None = None) -> None:
-        journal.book_session(session, time.monotonic() - began_s, joules)
+        if journal.holds():
+            journal.book_session(session, time.monotonic() - began_s, joules)
 
     follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s, book)
     try:
         book()
         _fit(_tuner(plan, run, work, store, follower), run)
+        if not journal.holds():
+            raise journal.taken_over()
         if budget.broken is not None:
             raise budget.broken
         recover.end_orphans(journal, _with_rows(store, plan), patience_s=_STOP_S)
@@ -189,8 +193,9 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
             book(meter.read_j())
         follower.close()
         with contextlib.suppress(OSError):
-            prune_finals(journal, _front_members(store, plan))
-            recover.remove_leftovers(store, journal)
+            if journal.holds():
+                prune_finals(journal, _front_members(store, plan))
+                recover.remove_leftovers(store, journal)
 
 
 def _fit(tuner: Any, run: _Run) -> None:

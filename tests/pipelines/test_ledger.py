@@ -269,10 +269,38 @@ def test_a_lease_does_not_lapse_while_its_driver_waits(monkeypatch: pytest.Monke
         time.sleep(1.5)  # data are loaded, boards are measured, MLflow does not answer
         with pytest.raises(ConfigError, match="expected a sweep that nobody drives"), two.driving():
             pass
+        assert one.holds()
         one.put("driver.json", {"lease": "another", "renewed": 0.0})  # taken over after a standstill
         time.sleep(0.3)
+        assert not one.holds()
     assert one.get("driver.json")["lease"] == "another"
     assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
+
+
+def test_a_driver_that_wakes_up_knows_before_it_writes(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease lapsed while the whole process stood still, its thread too: looked up at once, and nothing written."""
+    now = time.time()
+    monkeypatch.setattr(Journal, "_renew", lambda *args: None)
+    one, two = (Journal("memory://leases/asleep", "s") for _ in range(2))
+    plan = plan_sweep(Space(name="s", question="", fixed=tiny, domains={}, conditions={}, sweep={}), sweep_id="s")
+    budget = Budget(plan, lambda: None, holds=one.holds)
+    with one.driving():
+        assert not budget.stop_all()
+        (config,) = plan.trials
+        one.claim(config.trial_id, recover.empty_claim(config))
+        monkeypatch.setattr(time, "time", lambda: now + 31.0)
+        with two.driving():
+            assert budget.stop_all()
+            assert budget.reason == "another driver took the sweep over"
+            follower = SweepCallback(plan, "memory://leases/asleep", None, budget)
+            follower.store, follower.journal = Store("memory://leases/asleep"), one
+            trial = types.SimpleNamespace(config={"trial": {"trial_id": config.trial_id}})
+            follower._write_missing(trial, "died")
+            follower.on_trial_result(0, [], trial, {"trial_row": "not looked at"})
+            assert not follower.store.files(TrialRecord)
+            assert "got process" in str(one.taken_over())
+            assert two.holds()
+    assert two.get("driver.json")["released"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
