@@ -151,7 +151,7 @@ def at_random(table: Table, seed: int) -> Proposals:
 def by_optuna(table: Table, seed: int, sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Proposals:
     """Members as a sampler of Optuna asks for them; one that it asks for again is told again and costs nothing."""
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler(seed))
-    seen: set[str] = set()
+    seen: dict[str, bool] = {}  # whether a member ran to its end
     while len(seen) < len(table.members) and len(study.trials) < 20 * len(table.members):
         trial = study.ask()
         texts = {axis: [json.dumps(value) for value in values] for axis, values in table.axes.items()}
@@ -159,14 +159,12 @@ def by_optuna(table: Table, seed: int, sampler: Callable[[int], optuna.samplers.
         if member is None:  # a combination that the grid leaves out
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             continue
-        ended = True
         if member.trial_id not in seen:
-            seen.add(member.trial_id)
-            ended = yield member
-        if ended:
+            seen[member.trial_id] = yield member
+        if seen[member.trial_id]:
             study.tell(trial, (np.log(member.joules), member.loss))
         else:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
 
 def cost_aware(table: Table, seed: int) -> Proposals:

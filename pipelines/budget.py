@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ray import tune
 
 from pipelines import fronts
+from pipelines.pareto import Objective
 from pipelines.plan import SweepPlan
 from pipelines.records import TrialRecord
 
@@ -18,17 +20,25 @@ _LOOK_EVERY_S = 1.0
 _GROWTH = 1e-3
 
 
-def stalls(points: Sequence[tuple[float, float]], count: int) -> bool:
-    """Whether the last `count` points added (almost) nothing to the hypervolume of (log joules, loss).
+def stalls(trials: Sequence[np.ndarray], count: int) -> bool:
+    """Whether the last `count` trials added (almost) nothing to the hypervolume.
 
-    The reference point is the worst of the points before them.
+    Args:
+        trials: costs [points, objectives] of each trial in the order of their ends, less is better. The reference
+            point is the worst of all: a trial that makes the front longer adds to it, however dear it is.
+        count: trials, at least 1.
     """
-    if len(points) <= count + 1:
+    if len(trials) <= count + 1:
         return False
-    cost_NM = np.array([(math.log(joules), loss) for joules, loss in points])
-    reference_M = fronts.reference_point(cost_NM[:-count])
-    before = fronts.hypervolume(cost_NM[:-count], reference_M)
+    before_NM, cost_NM = np.concatenate(trials[:-count]), np.concatenate(trials)
+    reference_M = fronts.reference_point(cost_NM)
+    before = fronts.hypervolume(before_NM, reference_M)
     return fronts.hypervolume(cost_NM, reference_M) <= before * (1 + _GROWTH)
+
+
+def completed_end(row: TrialRecord) -> list[Mapping[str, Any]]:
+    """The one end of a trial that completed."""
+    return [vars(row)] if row.state == "COMPLETED" else []
 
 
 class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
@@ -38,6 +48,8 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         read_j: joules of the sweep so far, lost work and idle time included; None where nothing is counted.
         before_s: seconds of earlier sessions.
         reserve_j: joules that will be needed after the last trial.
+        holds: whether this process still is the sweep's driver; where not, it ends.
+        ends_of: what a trial offers the front of the plan's objectives (`epoch_ends.Ends`).
     """
 
     def __init__(
@@ -47,21 +59,27 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         rows: Sequence[TrialRecord] = (),
         before_s: float = 0.0,
         reserve_j: Callable[[], float] = lambda: 0.0,
+        holds: Callable[[], bool] = lambda: True,
+        ends_of: Callable[[TrialRecord], Sequence[Mapping[str, Any]]] = completed_end,
     ) -> None:
-        self.plan, self.read_j, self.reserve_j = plan, read_j, reserve_j
+        self.plan, self.read_j, self.reserve_j, self.holds = plan, read_j, reserve_j, holds
         self.reason: str | None = None
         self.broken: OSError | None = None
         self._start_s = time.monotonic() - before_s
-        self._points: list[tuple[float, float]] = []
+        self._axes = [Objective.parse(text) for text in plan.objectives]
+        self._ends_of = ends_of
+        self._trials: list[np.ndarray] = []
         self._looked_s = -math.inf
         for row in sorted(rows, key=lambda row: row.started_at):
             self.saw(row)
 
     def saw(self, row: TrialRecord) -> None:
         """A trial ended."""
-        joules, loss = row.train_energy_j, row.eval_loss_nats
-        if row.state == "COMPLETED" and joules and loss is not None and math.isfinite(loss):
-            self._points.append((joules, loss))
+        if self.plan.stall is None:
+            return
+        costs = ([axis.cost(end[axis.column]) for axis in self._axes] for end in self._ends_of(row))
+        if known := [cost for cost in costs if np.isfinite(cost).all()]:
+            self._trials.append(np.array(known))
 
     def give_up(self, error: OSError) -> None:
         """What the sweep does cannot be written down any more."""
@@ -73,7 +91,9 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
     def stop_all(self) -> bool:
         """Asked by Ray Tune many times a second."""
         now = time.monotonic()
-        if self.reason is None and now - self._looked_s >= _LOOK_EVERY_S:
+        if not self.holds():
+            self.reason = "another driver took the sweep over"
+        elif self.reason is None and now - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now
             self.reason = self._judge(now)
         return self.reason is not None
@@ -82,7 +102,7 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         plan = self.plan
         if plan.max_hours is not None and now - self._start_s >= 3600 * plan.max_hours:
             return f"max_hours: {plan.max_hours:g} h have passed"
-        if plan.stall is not None and stalls(self._points, plan.stall):
+        if plan.stall is not None and stalls(self._trials, plan.stall):
             return f"stop_when_hypervolume_stalls: the last {plan.stall} trials added nothing to the front"
         if plan.max_joules is not None:
             spent_j = self.read_j()

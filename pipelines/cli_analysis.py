@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pipelines.pareto import Front
     from pipelines.records import Store
     from pipelines.tracking import Tracker
 
@@ -23,8 +24,7 @@ Out = Annotated[str, typer.Argument(help="Folder (or URI) with the results.")]
 Sweep = Annotated[str | None, typer.Option(help="Sweep id; default: the newest.")]
 Uri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow; default: sqlite in OUT.")]
 Tokens = Annotated[float | None, typer.Option(min=0, help="Tokens decoded over the model's life.")]
-Rows = Annotated[str, typer.Option("--table", help="trials, or points (every epoch boundary).")]
-FrontRows = Annotated[
+Rows = Annotated[
     str | None,
     typer.Option("--table", help="trials, or points (every epoch boundary); default: points where trials are anytime."),
 ]
@@ -63,9 +63,7 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
     from pipelines import compaction
     from pipelines.checkpoints import final_models
     from pipelines.config import StorageError
-    from pipelines.epoch_ends import front_table
     from pipelines.journal import Journal
-    from pipelines.pareto import pareto_front
     from pipelines.records import Store
     from pipelines.report import write_report
     from pipelines.show import print_front
@@ -76,7 +74,7 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
         compaction.compact(store, sweep_id)
     except (OSError, RuntimeError) as error:
         console.print(f"The tables stay in many files ({error}).", markup=False)
-    front = pareto_front(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
+    front = _own_front(store, out, sweep_id)
     print_front(front, console)
     if not len(front):
         return False
@@ -107,7 +105,7 @@ def pareto(
     x: Annotated[str, typer.Option(help="COLUMN, COLUMN:min or COLUMN:max.")] = "train_energy_j",
     y: Annotated[str, typer.Option(help="Second axis.")] = "eval_loss_nats",
     z: Annotated[str | None, typer.Option(help="Third axis.")] = None,
-    rows: FrontRows = None,
+    rows: Rows = None,
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.table,
     mix: Annotated[bool, typer.Option(help="Put energy sources, GPU models and power limits together.")] = False,
     per_trial: Annotated[bool, typer.Option(help="Do not average over seeds.")] = False,
@@ -149,14 +147,15 @@ def compare(
     baseline: Annotated[str, typer.Option(help="For example 'router=topk,top_k=2'.")],
     candidate: Annotated[str, typer.Option(help="For example 'router=energy,energy_lambda>0'.")],
     sweep: Sweep = None,
-    rows: Rows = "trials",
+    rows: Rows = None,
     margin: Annotated[float, typer.Option(min=0, help="Losses closer than this are equal, nat per token.")] = 0.01,
     alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Level of the tests.")] = 0.05,
 ) -> None:
     """Say how many joules a candidate saves at equal loss, with evidence or without."""
     from pipelines import compare as comparing
+    from pipelines.epoch_ends import POINTS
     from pipelines.records import Store
-    from pipelines.sections_savings import PAIR_HEAD, pair_cells, verdict
+    from pipelines.sections_savings import PAIR_HEAD, POINTS_NOTE, pair_cells, verdict
 
     with _one_line():
         store = Store(out)
@@ -173,6 +172,8 @@ def compare(
     console.print(sheet)
     loss = found.loss_at_equal_joules
     console.print(verdict(found), markup=False)
+    if found.table == POINTS:
+        console.print(POINTS_NOTE, markup=False)
     if loss is not None:
         span = "one seed gives no interval" if loss.low is None else f"{loss.low:+.4f} to {loss.high:+.4f}"
         console.print(f"At equal joules the loss differs by {loss.mean:+.4f} nat on average ({span}).", markup=False)
@@ -253,8 +254,6 @@ def compact(out: Out, sweep: Sweep = None) -> None:
 
 def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
     """Bring the Parquet rows into MLflow once more."""
-    from pipelines.epoch_ends import front_table
-    from pipelines.pareto import pareto_front
     from pipelines.records import Store
     from pipelines.tracking import Tracker
 
@@ -265,7 +264,7 @@ def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
         count = tracker.mirror(store, sweep_id)
         folder = Path(out) / "report" / sweep_id
         tracker.start_sweep(sweep_id)
-        front = pareto_front(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
+        front = _own_front(store, out, sweep_id)
         tracker.finish_sweep(front, artifacts=sorted(folder.glob("*")))
     typer.echo(f"{count} attempts mirrored to {tracker.uri}")
 
@@ -298,6 +297,16 @@ def schema(
         return
     head = write.read_text(encoding="utf-8").split("## `", maxsplit=1)[0]
     write.write_text(head + schema_markdown(), encoding="utf-8")
+
+
+def _own_front(store: Store, out: str | os.PathLike[str], sweep_id: str) -> Front:
+    """The front of a sweep by the objectives and directions that it searched by."""
+    from pipelines.epoch_ends import front_table
+    from pipelines.pareto import pareto_front
+    from pipelines.plan import objectives_of
+
+    axes = objectives_of(out, sweep_id)
+    return pareto_front(store, *axes, sweep_id=sweep_id, table=front_table(store, sweep_id, axes))
 
 
 def _link_lines(tracker: Tracker, sweep_id: str, base: str = "http://127.0.0.1:5000") -> list[str]:

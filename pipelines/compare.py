@@ -24,8 +24,9 @@ from scipy import stats as distributions
 
 from pipelines import fronts, hygiene, seeds, select
 from pipelines.boards import with_anchors
+from pipelines.epoch_ends import POINTS, TRIALS, front_table
 from pipelines.hygiene import Context, LeftOut
-from pipelines.pareto import LABELS
+from pipelines.pareto import LABELS, with_corpus
 from pipelines.records import PointRecord, Store, TrialRecord
 
 MARGIN_NATS = 0.01
@@ -78,10 +79,14 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The answer: all pairs, the mean saving at equal loss, the mean difference of loss at equal joules."""
+    """The answer: all pairs, the mean saving at equal loss, the mean difference of loss at equal joules.
+
+    `table` says whose rows were compared: whole `trials`, or `points` that anytime trials passed through.
+    """
 
     baseline: str
     candidate: str
+    table: str
     margin_nats: float
     alpha: float
     pairs: tuple[Pair, ...]
@@ -115,7 +120,7 @@ def compare(
     candidate: str,
     *,
     sweep_id: str | None = None,
-    table: str = "trials",
+    table: str | None = None,
     x: str = "train_energy_j",
     y: str = "eval_loss_nats",
     margin: float = MARGIN_NATS,
@@ -128,7 +133,8 @@ def compare(
         baseline: expression such as `router=topk,top_k=2` (see `select`).
         candidate: the same for the other side.
         sweep_id: one sweep; all where None.
-        table: `trials` or `points`.
+        table: `trials` or `points` (every number of epochs of a trial as a configuration of its own). Where None:
+            points where trials are anytime and points have the columns that the expressions ask for.
         x: column of joules (or seconds).
         y: column of loss.
         margin: losses closer than this count as equal, in the unit of `y`.
@@ -137,8 +143,10 @@ def compare(
     Raises:
         ValueError: a malformed expression, a side without trials, or trials on both sides.
     """
+    if table is None:
+        table = _table_of(source, sweep_id, (x, y, *select.columns(baseline), *select.columns(candidate)))
     rows = _rows(source, sweep_id, table, x, y)
-    cleaned = hygiene.clean(rows, [x, y], whole_rows=table == "points")
+    cleaned = hygiene.clean(rows, [x, y], whole_rows=table == POINTS)
     corrected, notes = seeds.correct_boards(cleaned.table, [x])
     base_R, cand_R = (_side(corrected, text, name) for text, name in ((baseline, "baseline"), (candidate, "candidate")))
     if (base_R & cand_R).any():
@@ -152,6 +160,7 @@ def compare(
     return Comparison(
         baseline=baseline,
         candidate=candidate,
+        table=table,
         margin_nats=margin,
         alpha=alpha,
         pairs=tuple(pairs),
@@ -164,6 +173,12 @@ def compare(
     )
 
 
+def _table_of(source: Store | pa.Table | str | os.PathLike[str], sweep_id: str | None, columns: Sequence[str]) -> str:
+    if isinstance(source, pa.Table):
+        return POINTS if "trial_fingerprint" in source.column_names else TRIALS
+    return front_table(source if isinstance(source, Store) else Store(source), sweep_id, columns)
+
+
 def _rows(
     source: Store | pa.Table | str | os.PathLike[str], sweep_id: str | None, table: str, x: str, y: str
 ) -> pa.Table:
@@ -173,6 +188,8 @@ def _rows(
     if not isinstance(source, pa.Table):
         store = source if isinstance(source, Store) else Store(source)
         source = with_anchors(store.read(kinds[table], sweep_id), store, sweep_id)
+        if table == POINTS:
+            source = with_corpus(source, store, sweep_id)
     for name in (x, y):
         if name not in source.column_names:
             raise ValueError(f"axis: expected a numeric column of {table!r}, got {name!r}")

@@ -19,12 +19,14 @@ import numpy as np
 
 from pipelines import fronts
 from pipelines.config import ConfigError, TrialConfig
+from pipelines.pareto import Objective
 from pipelines.plan import draw
 from pipelines.records import TrialRecord
 from pipelines.surrogate import Belief, Floats, believe, expected_hypervolume_improvement
 from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform
 
-COST = "train_energy_j"
+#: What the cost model predicts up to a factor.
+COST = Objective(column="train_energy_j")
 _FIRST = 6  # trials before there is something to believe
 _NEAR = 8  # cheap candidates among which the farthest is a first trial
 _CHEAPNESS = 2.0  # a first trial is drawn with odds 1 / cost²
@@ -103,7 +105,7 @@ class CostAwareStudy:
         seed: int = 0,
     ) -> None:
         self.space, self.modelled_j = space, modelled_j
-        self.axes = [axis.partition(":")[::2] for axis in objectives]
+        self.axes = [Objective.parse(axis) for axis in objectives]
         if len(self.axes) != 2:
             raise ConfigError(f"objectives: expected two for search cost-aware, got {len(self.axes)}")
         self.threads: int | None = None
@@ -120,11 +122,15 @@ class CostAwareStudy:
         self.asked[config.trial_id] = config
         return config
 
-    def tell(self, trial_id: str, row: TrialRecord | None) -> None:
-        """The outcome of a trial; None: it left no row. One that was stopped or failed has no objectives."""
+    def tell(self, trial_id: str, row: TrialRecord | None, *, stopped: bool = False) -> None:
+        """The outcome of a trial; None: it left no row. One that was `stopped` or failed has no objectives: it is not
+        asked for again, and nothing is believed from it.
+        """
         config = self.asked.pop(trial_id, None)
         if config is not None:
             self.outcomes[trial_id] = config, self.values_of(row)
+        elif row is not None:  # begun in an earlier session, so that this study did not ask for it
+            self.remember(row)
 
     def remember(self, row: TrialRecord) -> None:
         """An outcome of an earlier session."""
@@ -134,7 +140,7 @@ class CostAwareStudy:
         """The objectives to be minimised, joules as logarithms; None where one is missing or not a number."""
         if row is None or row.state != "COMPLETED":
             return None
-        found = [_minimised(getattr(row, name), name, direction) for name, direction in self.axes]
+        found = [axis.cost(getattr(row, axis.column)) for axis in self.axes]
         return (found[0], found[1]) if all(math.isfinite(v) for v in found) else None
 
     def _candidates(self) -> list[TrialConfig]:
@@ -149,7 +155,7 @@ class CostAwareStudy:
         x_NF, modelled_N = self._described([config for config, _ in done])
         running_RF, running_R = self._described(list(self.asked.values()))
         cost_N2 = np.array([values for _, values in done], dtype=np.float64).reshape(-1, 2)
-        scaled = (self.axes[0] == (COST, ""), self.axes[1] == (COST, ""))
+        scaled = (self.axes[0] == COST, self.axes[1] == COST)
         return Known(
             x_NF=x_NF,
             modelled_N=modelled_N,
@@ -180,15 +186,6 @@ def _points(space: Space) -> list[TrialConfig]:
 
 def _drawn(space: Space, generator: random.Random) -> TrialConfig:
     return TrialConfig.parse(space.resolve({key: draw(domain, generator) for key, domain in space.domains.items()}))
-
-
-def _minimised(value: float | None, name: str, direction: str) -> float:
-    """An objective as it is searched by: joules as logarithms, what is to grow with its sign turned."""
-    if value is None or not math.isfinite(value):
-        return math.nan
-    if "_j" in name and value > 0:
-        value = math.log(value)
-    return -value if direction == "max" else value
 
 
 # --- features ----------------------------------------------------------------------------------------

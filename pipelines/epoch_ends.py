@@ -35,6 +35,29 @@ def is_anytime(row: Mapping[str, Any]) -> bool:
     return re.search(_ANYTIME, row["config_json"] or "") is not None
 
 
+class Ends:
+    """What each trial of a running sweep offers a front by `axes`: the points of an anytime trial, whatever became of
+    it, or else the end of a trial that completed.
+
+    Points that are there at first are read once, later ones from the file of their attempt.
+    """
+
+    def __init__(self, store: Store, sweep_id: str, axes: Sequence[str] = ()) -> None:
+        self.store, self.sweep_id = store, sweep_id
+        self._by_points = {axis.partition(":")[0] for axis in axes} <= set(arrow_schema(PointRecord).names)
+        self._early: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for point in store.read(PointRecord, sweep_id).to_pylist() if self._by_points else ():
+            self._early.setdefault((point["trial_id"], point["attempt"]), []).append(point)
+
+    def of(self, row: TrialRecord) -> list[dict[str, Any]]:
+        """The ends of a trial, as rows of `points` or of `trials`; none where it left nothing to compare."""
+        values = vars(row)
+        if self._by_points and is_anytime(values):
+            key = (row.trial_id, row.attempt)
+            return self._early.get(key) or self.store.of_attempt(PointRecord, self.sweep_id, *key)
+        return [dict(values)] if row.state == "COMPLETED" else []
+
+
 def epochs_line(trials: Sequence[Mapping[str, Any]]) -> str:
     """What a number of epochs is in this sweep, in one line."""
     own = sorted({row["schedule"] for row in trials if not is_anytime(row)})

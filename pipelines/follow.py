@@ -76,6 +76,13 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         if "mirror" in self.__dict__:
             self.mirror.close()
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Where another driver took the sweep over, the trials that run here end before they write."""
+        if not self.budget.holds():
+            for trial in trials:
+                with contextlib.suppress(Exception):  # it has no actor
+                    ray.kill(trial.temporary_state.ray_actor, no_restart=True)
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that a trial began."""
         values = trial.config["trial"]
@@ -86,6 +93,8 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Show and mirror an epoch, or the whole trial."""
+        if not self.budget.holds():
+            return
         self._heard(trial.config["trial"]["trial_id"])
         if "trial_row" in result:
             row = parse_row(result["trial_row"] if self.plan.is_adaptive else result.pop("trial_row"))
@@ -147,6 +156,8 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
 
     def _write_missing(self, trial: Any, ended_by: str, *, alive: bool = False) -> None:
         trial_id = trial.config["trial"]["trial_id"]
+        if not self.budget.holds():  # whoever drives the sweep now writes it
+            return
         try:
             rows = recover.write_missing(self.store, self.journal, ended_by=ended_by, trial_id=trial_id, alive=alive)
             if not rows and not alive and not self.journal.attempts(trial_id):

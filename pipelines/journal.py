@@ -2,6 +2,7 @@
 
 OUT/sweeps/<sweep_id>/plan.json              what was asked for
 OUT/sweeps/<sweep_id>/attempts/<trial>-<n>.json   one claim per attempt: configuration, process, joules before it
+OUT/sweeps/<sweep_id>/points/<trial>-<n>.json     points that an anytime attempt has reached so far
 OUT/sweeps/<sweep_id>/beats/<host>-<pid>.jsonl    counters of the devices of one actor (see `heartbeat`)
 OUT/sweeps/<sweep_id>/driver.lock            held by the one driver (driver.json on an object store)
 OUT/sweeps/<sweep_id>/sessions.json          how long each session ran
@@ -29,6 +30,11 @@ from pipelines.config import ConfigError, StorageError
 LEASE_S = 30.0
 
 
+def points_document(attempt: str) -> str:
+    """Name of the document in which an attempt (`<trial>-<n>`) keeps the points that it has reached."""
+    return f"points/{attempt}.json"
+
+
 class Journal:
     """The folder of one sweep under OUT, on a disk or an object store."""
 
@@ -41,6 +47,8 @@ class Journal:
             self.fs, root, self.local = pafs.LocalFileSystem(), os.path.abspath(out), True
         self.out = root
         self.root = f"{root}/sweeps/{sweep_id}"
+        self._lease: dict[str, Any] | None = None
+        self._renewed_s, self._lost = 0.0, threading.Event()
         self.checkpoints = f"{root}/checkpoints/{sweep_id}"
 
     # -- documents --------------------------------------------------------------------------------------
@@ -141,6 +149,27 @@ class Journal:
             with self._leased():
                 yield
 
+    def holds(self) -> bool:
+        """Whether nobody took the sweep over from the driver that `driving` made of this process.
+
+        A lock on a disk is never lost. A lease is, to whoever finds it lapsed because this process stood still; one
+        that was not renewed for half of its life is looked up now: a driver that wakes up knows before it writes.
+        """
+        if self._lease is not None and time.time() - self._renewed_s >= LEASE_S / 2:
+            with contextlib.suppress(Exception):  # nobody takes over through a store that does not answer
+                self._look()
+        return not self._lost.is_set()
+
+    def taken_over(self) -> StorageError:
+        """What to end with when the sweep is no longer this driver's."""
+        who = None
+        with contextlib.suppress(Exception):
+            who = self.get("driver.json")
+        return StorageError(
+            f"resume: expected to be the one driver of {self.sweep_id}, got {_who(who)}, which took it over while this"
+            " one stood still; what was written is kept, this driver ends and writes no more"
+        )
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """A lock that the kernel gives back when its holder dies, however it dies."""
@@ -175,7 +204,9 @@ class Journal:
         if holder and not holder.get("released") and time.time() - holder["renewed"] < LEASE_S:
             raise self._refusal(holder)
         lease, ended = {**_myself(), "lease": uuid.uuid4().hex}, threading.Event()
-        self.put("driver.json", {**lease, "renewed": time.time()})
+        self._lost.clear()
+        self._put_lease(lease)
+        self._lease = lease
         keeper = threading.Thread(target=self._renew, args=(lease, ended), name="lease", daemon=True)
         keeper.start()
         try:
@@ -184,26 +215,42 @@ class Journal:
             ended.set()
             keeper.join(LEASE_S)
             with contextlib.suppress(OSError):  # it lapses by itself
-                if self._holds(lease):
-                    self.put("driver.json", {**lease, "renewed": time.time(), "released": True})
+                if self._look():
+                    self._put_lease({**lease, "released": True})
+            self._lease = None
 
     def _renew(self, lease: Mapping[str, Any], ended: threading.Event) -> None:
         while not ended.wait(LEASE_S / 6):
             with contextlib.suppress(Exception):  # a store that is busy: the next time
-                if not self._holds(lease):  # it lapsed (this process stood still), and somebody else took it
+                if not self._look():  # it lapsed (this process stood still), and somebody else took it
                     return
-                self.put("driver.json", {**lease, "renewed": time.time()})
+                self._put_lease(lease)
 
-    def _holds(self, lease: Mapping[str, Any]) -> bool:
-        return bool((self.get("driver.json") or {}).get("lease") == lease["lease"])
+    def _put_lease(self, lease: Mapping[str, Any]) -> None:
+        now_s = time.time()
+        self.put("driver.json", {**lease, "renewed": now_s})
+        self._renewed_s = now_s
+
+    def _look(self) -> bool:
+        """Whether the lease is still ours, by the store; once it is not, it is lost for good."""
+        assert self._lease is not None
+        if (self.get("driver.json") or {}).get("lease") != self._lease["lease"]:
+            self._lost.set()
+        return not self._lost.is_set()
 
     def _refusal(self, holder: Any) -> ConfigError:
-        who = f"process {holder['pid']} on {holder['host']}" if isinstance(holder, dict) else "another process"
-        return ConfigError(f"resume: expected a sweep that nobody drives, got {self.sweep_id}, driven by {who}")
+        return ConfigError(
+            f"resume: expected a sweep that nobody drives, got {self.sweep_id}, driven by {_who(holder)}"
+        )
 
 
 def _myself() -> dict[str, Any]:
     return {"host": platform.node(), "pid": os.getpid()}
+
+
+def _who(holder: Any) -> str:
+    known = isinstance(holder, dict) and {"pid", "host"} <= set(holder)
+    return f"process {holder['pid']} on {holder['host']}" if known else "another process"
 
 
 def _read(file: TextIO) -> Any:

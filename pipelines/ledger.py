@@ -198,7 +198,7 @@ class Ledger:
             "max_temperature_c": highest(m.max_temperature_c for m in train),
             "mean_temperature_c": _time_mean(train),
             "max_memory_bytes": span.max_memory_bytes,
-            "throttled": _any(m.throttled for m in train),
+            "throttled": any_true(m.throttled for m in train),
             "shared_gpu": span.shared,
             "energy_flags": sorted(flags),
             "duration_s": span.duration_s,
@@ -215,6 +215,7 @@ def _time_mean(measurements: list[Measurement]) -> float | None:
     return sum(t * d for t, d in known) / sum(d for _, d in known) if known else None
 
 
-def _any(values: Iterable[bool | None]) -> bool | None:
+def any_true(values: Iterable[bool | None]) -> bool | None:
+    """Whether one of the known values is true; None where none is known."""
     known = [v for v in values if v is not None]
     return any(known) if known else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,6 +72,14 @@ class Objective:
     def sign(self) -> float:
         """Factor that turns values into costs."""
         return -1.0 if self.maximise else 1.0
+
+    def cost(self, value: float | None) -> float:
+        """A value as searches count it: less is better, joules as logarithms (nats); NaN where it is none."""
+        if value is None or not math.isfinite(value):
+            return math.nan
+        if hygiene.is_energy(self.column):
+            value = math.log(value) if value > 0 else math.nan
+        return self.sign * value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -297,17 +306,17 @@ def _load(source: Store | pa.Table, axes: Sequence[Objective], table: str, sweep
         return rows if sweep_id is None else rows.filter(pc.equal(source["sweep_id"], sweep_id))
     rows = with_anchors(source.read(_TABLES[table], sweep_id, columns=names, encode=True), source, sweep_id)
     if table == "points":
-        rows = _with_corpus(rows, source, sweep_id)
+        rows = with_corpus(rows, source, sweep_id)
     at = names.index("config_fingerprint")
     coded = rows["config_fingerprint"].combine_chunks().dictionary_encode().indices.cast(hygiene.CODE)
     return rows.set_column(at, "config_fingerprint", coded)
 
 
-def _with_corpus(points: pa.Table, store: Store, sweep_id: str | None) -> pa.Table:
-    """Points with the text that their trials read, so that texts do not mix."""
+def with_corpus(points: pa.Table, store: Store, sweep_id: str | None) -> pa.Table:
+    """Rows of `points` with the column `corpus_fingerprint` of their trials, so that texts do not mix."""
     key = ("sweep_id", "trial_id")
     trials = store.read(TrialRecord, sweep_id, columns=[*key, "corpus_fingerprint"]).to_pylist()
-    known = {(row["sweep_id"], row["trial_id"]): row["corpus_fingerprint"] for row in trials}
+    known = {(r["sweep_id"], r["trial_id"]): r["corpus_fingerprint"] for r in trials if r["corpus_fingerprint"]}
     pairs = zip(*(points[name].to_pylist() for name in key), strict=True)
     return points.append_column("corpus_fingerprint", pa.array([known.get(pair) for pair in pairs], pa.string()))
 

@@ -12,6 +12,7 @@ from glob import glob
 from typing import Any
 
 from pipelines.config import ConfigError, TrialConfig
+from pipelines.journal import Journal
 from pipelines.plan_checks import check_objectives, check_search, check_values
 from tune_spaces import CASE, Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform, dump_space, parse_space
 
@@ -179,6 +180,12 @@ def _located(point: Mapping[str, Any]) -> dict[str, Any]:
     """Paths made absolute: a trial's process has a working folder of its own."""
     paths = {k: v for k, v in point.items() if k in ("base", "tokenizer", "data") and isinstance(v, str) and glob(v)}
     return {**point, **{key: os.path.abspath(value) for key, value in paths.items()}}
+
+
+def objectives_of(out: str | os.PathLike[str], sweep_id: str) -> tuple[str, ...]:
+    """The columns (with direction) by which a sweep under `out` searches; the usual two where its plan is not there."""
+    document = Journal(os.fspath(out), sweep_id).get("plan.json") or {}
+    return tuple(document.get("objectives") or OBJECTIVES)
 
 
 def new_sweep_id(name: str) -> str:

@@ -163,7 +163,7 @@ class PointRecord:
     trial_fingerprint: str = column("config_fingerprint of the trial that passed through this point")
     seed: int = column("random seed")
     state: str = column("state of the trial's row; a point itself is whole")
-    censored: bool = column("always false: a point is a valid end")
+    censored: bool = column("true where the trial ended before its configured epochs; a point that it had reached is a valid end, and may be on a front")
     router: str = column("router name")
     energy_lambda: float | None = column("energy price λ", unit="nat per c_ref", null="router without a price")
     top_k: int | None = column("experts selected per token", null="dense, or K varies")
@@ -381,6 +381,13 @@ class Store:
         table = to_table(record, rows)
         parquet.write(table, target, None if self.local else self.fs)
         return target
+
+    def of_attempt(self, record: type[Record], sweep_id: str, trial_id: str, attempt: int) -> list[dict[str, Any]]:
+        """One attempt's rows of a table; none where its file is not there (or was compacted)."""
+        path = self.path(record, sweep_id, trial_id, attempt)
+        if not self.fs.get_file_info(path).is_file:
+            return []
+        return list(pads.dataset(path, schema=arrow_schema(record), filesystem=self.fs).to_table().to_pylist())
 
     def read(
         self,

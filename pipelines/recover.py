@@ -14,9 +14,9 @@ from typing import Any
 
 from pipelines import heartbeat
 from pipelines.config import TrialConfig
-from pipelines.journal import Journal, process_start
-from pipelines.records import TABLES, EpochRecord, Store, TrialRecord
-from pipelines.trial_rows import config_columns, perplexity
+from pipelines.journal import Journal, points_document, process_start
+from pipelines.records import TABLES, EpochRecord, PointRecord, Store, TrialRecord
+from pipelines.trial_rows import config_columns, perplexity, point_of
 
 #: How a trial may end for good; whatever else ended it, `--resume` runs it again.
 FINAL = (None, "itself", "scheduler")
@@ -65,6 +65,8 @@ def write_missing(
 ) -> list[TrialRecord]:
     """Give every claimed attempt without a row its row (of one trial, or of all); returns them.
 
+    The points that an anytime attempt had reached get theirs too: each is a whole run of its number of epochs.
+
     Args:
         ended_by: died or timeout make FAILED rows; scheduler, budget and interrupt make STOPPED ones.
         alive: the attempts' actors still run.
@@ -80,9 +82,17 @@ def write_missing(
     written = []
     for claim in missing:
         row = row_of(store, journal, claim, ended_by=ended_by, alive=alive)
-        store.write(TrialRecord, [row], sweep_id=row.sweep_id, trial_id=row.trial_id, attempt=row.attempt)
+        where: dict[str, Any] = {"sweep_id": row.sweep_id, "trial_id": row.trial_id, "attempt": row.attempt}
+        if points := [point_of(row, **values) for values in _reached(journal, claim).get("points", ())]:
+            store.write(PointRecord, points, **where)
+        store.write(TrialRecord, [row], **where)  # last: a trial's row says that the others are whole
         written.append(row)
     return written
+
+
+def _reached(journal: Journal, claim: Mapping[str, Any]) -> dict[str, Any]:
+    """The points that an anytime attempt put down, with the text that it read."""
+    return journal.get(points_document(f"{claim['trial_id']}-{claim['attempt']}")) or {}
 
 
 def _beats(journal: Journal, claim: Mapping[str, Any]) -> str | None:
@@ -90,7 +100,7 @@ def _beats(journal: Journal, claim: Mapping[str, Any]) -> str | None:
 
 
 def row_of(store: Store, journal: Journal, claim: Mapping[str, Any], *, ended_by: str, alive: bool) -> TrialRecord:
-    """The row of an attempt from what it left: its claim, its epochs, its heartbeats."""
+    """The row of an attempt from what it left: its claim, its epochs, its points, its heartbeats."""
     trial_id, attempt = claim["trial_id"], claim["attempt"]
     path = _beats(journal, claim)
     lines = heartbeat.read_lines(path) if path else []
@@ -103,6 +113,7 @@ def row_of(store: Store, journal: Journal, claim: Mapping[str, Any], *, ended_by
         state="FAILED" if failed else "STOPPED",
         censored=not failed,
         error=_REASONS.get(ended_by),
+        corpus_fingerprint=_reached(journal, claim).get("corpus"),
         ended_by=ended_by,
         started_at=dt.datetime.fromisoformat(claim["started_at"]),
         **config_columns(TrialConfig.parse(claim["config"])),

@@ -1,8 +1,9 @@
 """Multi-objective search by Optuna as a Ray Tune searcher that tells the sampler the truth.
 
 Ray's own OptunaSearch tells a trial that was stopped early as complete with its partial joules, leaves a failed one
-running for ever, and forgets conditions. Here a completed trial is told with its values, anything else as failed:
-a sampler learns from what is known.
+running for ever, and forgets conditions. Here a completed trial is told with its values; one that the scheduler
+stopped as pruned, without values (Optuna takes none for several objectives); one that failed, died or left no numbers
+as failed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from ray import tune
@@ -24,6 +25,7 @@ from pipelines.records import TrialRecord
 from pipelines.trial_rows import parse_row
 from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform
 
+COMPLETE, PRUNED, FAIL = (getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL"))
 _EPOCH_TOKENS = 1_000_000  # of an epoch that is not capped: the same for all trials of a space
 _TRIES = 20  # draws of an experiment that ran already before a new seed of it is taken
 
@@ -65,6 +67,13 @@ def drawn_of(domain: Domain, value: Any) -> Any:
     return value
 
 
+class Outcome(NamedTuple):
+    """What a sampler is told of a trial: a state of Optuna's, and the objectives where it is complete."""
+
+    state: optuna.trial.TrialState
+    values: tuple[float, ...] | None = None
+
+
 class Study:
     """Ask for configurations, tell outcomes. Knows nothing of Ray."""
 
@@ -75,7 +84,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.study = optuna.create_study(directions=directions, sampler=sampler)
         self.threads: int | None = None  # what a CPU trial gets where its space does not say
-        self.known: dict[str, tuple[float, ...] | None] = {}
+        self.known: dict[str, Outcome] = {}
         self.asked: dict[str, optuna.Trial] = {}
 
     def ask(self) -> TrialConfig:
@@ -86,7 +95,7 @@ class Study:
             if config.trial_id not in self.known and config.trial_id not in self.asked:
                 self.asked[config.trial_id] = trial
                 return config
-            self._tell(trial, self.known.get(config.trial_id))
+            self._tell(trial, self.known.get(config.trial_id, Outcome(FAIL)))
         trial = self.study.ask()
         config = TrialConfig.parse(self._draw(trial))
         while config.trial_id in self.known or config.trial_id in self.asked:
@@ -94,18 +103,18 @@ class Study:
         self.asked[config.trial_id] = trial
         return config
 
-    def tell(self, trial_id: str, row: TrialRecord | None) -> None:
-        """The outcome of a trial; None: it left no row."""
-        values = self.values_of(row)
-        self.known[trial_id] = values
+    def tell(self, trial_id: str, row: TrialRecord | None, *, stopped: bool = False) -> None:
+        """The outcome of a trial; where it has no row of its own, whether the scheduler `stopped` it."""
+        outcome = self.known[trial_id] = self.outcome_of(row, stopped=stopped)
         trial = self.asked.pop(trial_id, None)
         if trial is not None:
-            self._tell(trial, values)
+            self._tell(trial, outcome)
+        elif row is not None:  # begun in an earlier session, so that this study did not ask for it
+            self.remember(row)
 
     def remember(self, row: TrialRecord) -> None:
         """An outcome of an earlier session."""
-        values = self.values_of(row)
-        self.known[row.trial_id] = values
+        outcome = self.known[row.trial_id] = self.outcome_of(row)
         settings, params, distributions = json.loads(row.config_json), {}, {}
         for key, domain in self.space.domains.items():
             if key in self.space.resolve({**{k: settings.get(k) for k in self.space.domains}}):
@@ -114,23 +123,19 @@ class Study:
                 except (KeyError, ValueError):
                     continue
                 distributions[key] = distribution_of(domain)
-        state = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
-        self.study.add_trial(
-            optuna.trial.create_trial(state=state, params=params, distributions=distributions, values=values)
-        )
+        told = {"state": outcome.state, "values": outcome.values}
+        self.study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, **told))
 
-    def values_of(self, row: TrialRecord | None) -> tuple[float, ...] | None:
-        """The objectives of a completed trial; None where one is missing or not a number."""
-        if row is None or row.state != "COMPLETED":
-            return None
-        values = [getattr(row, name) for name, _ in self.axes]
-        return tuple(values) if all(v is not None and math.isfinite(v) for v in values) else None
+    def outcome_of(self, row: TrialRecord | None, *, stopped: bool = False) -> Outcome:
+        """Complete with the objectives where all are numbers; pruned where the trial was stopped; else failed."""
+        if stopped if row is None else row.state == "STOPPED":
+            return Outcome(PRUNED)
+        values = [getattr(row, name) for name, _ in self.axes] if row is not None and row.state == "COMPLETED" else []
+        whole = values and all(v is not None and math.isfinite(v) for v in values)
+        return Outcome(COMPLETE, tuple(values)) if whole else Outcome(FAIL)
 
-    def _tell(self, trial: optuna.Trial, values: tuple[float, ...] | None) -> None:
-        if values is None:
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            self.study.tell(trial, values)
+    def _tell(self, trial: optuna.Trial, outcome: Outcome) -> None:
+        self.study.tell(trial, outcome.values, state=outcome.state)
 
     def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
         """Only keys whose condition holds are drawn: a sampler sees the conditions."""
@@ -175,11 +180,11 @@ class StudySearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
         return {**self.common, "trial": {"trial_id": config.trial_id, **config.model_dump(mode="json")}}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study; a trial that was stopped or died has no finished row."""
+        """Tell the study. A trial that died ends in an error; one that reported, but has no row yet, was stopped."""
         text = (result or {}).get("trial_row")
         row = parse_row(text) if text and not error else None
         if trial_id in self._names:
-            self.study.tell(self._names[trial_id], row)
+            self.study.tell(self._names[trial_id], row, stopped=bool(result) and not text and not error)
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
         """Objectives and space are set already."""

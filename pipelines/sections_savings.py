@@ -10,12 +10,17 @@ import numpy as np
 
 from pipelines.chart import Axis, Chart, Key, Line
 from pipelines.compare import NO_EVIDENCE, Comparison, Estimate, Pair, compare
+from pipelines.epoch_ends import POINTS
 from pipelines.lifetime import Lifetime, Segment, bill, lifetime
 from pipelines.results import Results, name_of
 from pipelines.section import Section, Sheet
 from pipelines.show import number
 
 Namer = Callable[[Mapping[str, Any]], str]
+POINTS_NOTE = (
+    "Compared are the points that anytime trials passed through: each number of epochs is a configuration of its own, "
+    "and a seed is one whole trial."
+)
 
 
 def questions(trials: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
@@ -40,12 +45,13 @@ def questions(trials: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]
 
 def savings_section(results: Results) -> Section | None:
     """Joules saved at equal loss, for every question that the sweep can answer."""
-    text, rows = [], []
+    text, rows, tables = [], [], set[str]()
     for question, baseline, candidate in questions(results.trials):
         try:
             found = compare(results.store, baseline, candidate, sweep_id=results.sweep_id)
         except ValueError:  # no row of a side may stand on a front
             continue
+        tables.add(found.table)
         text.append(f"{question[0].upper()}{question[1:]}: {verdict(found, results.look.name)}")
         rows += [(question, *pair_cells(pair, results.look.name)) for pair in found.pairs]
     if not text:
@@ -56,6 +62,8 @@ def savings_section(results: Results) -> Section | None:
         "Equal means that two one-sided tests put the losses within ±0.01 nat of each other. Joules saved carry 95 % "
         "intervals shared over all candidates of one baseline; p is Holm-adjusted over them."
     )
+    if POINTS in tables:
+        note = f"{POINTS_NOTE} {note}"
     return Section(id="savings", title="What is saved at equal loss", text=(*text, note), sheets=(sheet,))
 
 
@@ -123,6 +131,11 @@ def lifetime_section(
         words = "; ".join(segment_words(segment, results.look.name) for segment in life.segments)
         text.append(f"With a loss of at most {life.max_loss:.4f} nat/token: {words}.")
         sheets.append(_sheet(results, life, decode_tokens, price_per_kwh, co2_g_per_kwh))
+    if results.by_points:
+        text.append(
+            "Decoding is measured at the end of a trial only, so that each anytime trial stands here with its last "
+            "number of epochs."
+        )
     figure = _chart(results, known[0], decode_tokens)
     title = "Training and decoding together"
     return Section(id="lifetime", title=title, text=tuple(text), figures=(figure,), sheets=tuple(sheets))

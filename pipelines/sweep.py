@@ -23,7 +23,7 @@ from pipelines.budget import Budget
 from pipelines.checkpoints import prune_finals
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
-from pipelines.epoch_ends import front_table
+from pipelines.epoch_ends import Ends, front_table
 from pipelines.follow import SweepCallback
 from pipelines.heartbeat import Meter
 from pipelines.journal import Journal
@@ -91,7 +91,8 @@ def run_sweep(
     Raises:
         ConfigError: the data, the base model, the devices or `out` cannot be had (nothing was written then), or
             another driver is alive.
-        StorageError: `out` cannot be written any more; a later session goes on from what is there.
+        StorageError: `out` cannot be written any more, or (on an object store) another driver took the sweep over; a
+            later session goes on from what is there.
     """
     out = os.fspath(out) if "://" in os.fspath(out) else os.path.abspath(out)
     journal = Journal(out, plan.sweep_id)
@@ -155,19 +156,25 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     final = {trial_id for trial_id, row in known.items() if recover.is_final(row)}
     meter, session = Meter(f"{journal.root}/beats" if journal.local else None), uuid.uuid4().hex
     reserve = anchors.Reserve(store, plan.sweep_id, session)
-    budget = Budget(plan, meter.read_j, list(known.values()), before_s=journal.seconds(), reserve_j=reserve.read_j)
+    how: dict[str, Any] = {"before_s": journal.seconds(), "reserve_j": reserve.read_j, "holds": journal.holds}
+    if plan.stall is not None:
+        how["ends_of"] = Ends(store, plan.sweep_id, plan.objectives).of
+    budget = Budget(plan, meter.read_j, list(known.values()), **how)
     work = _work(plan, journal, run, session, list(known.values()), final)
     if work is None:
         return None
     began_s = time.monotonic()
 
     def book(joules: float | None = None) -> None:
-        journal.book_session(session, time.monotonic() - began_s, joules)
+        if journal.holds():
+            journal.book_session(session, time.monotonic() - began_s, joules)
 
     follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s, book)
     try:
         book()
         _fit(_tuner(plan, run, work, store, follower), run)
+        if not journal.holds():
+            raise journal.taken_over()
         if budget.broken is not None:
             raise budget.broken
         recover.end_orphans(journal, _with_rows(store, plan), patience_s=_STOP_S)
@@ -186,8 +193,9 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
             book(meter.read_j())
         follower.close()
         with contextlib.suppress(OSError):
-            prune_finals(journal, _front_members(store, plan.sweep_id))
-            recover.remove_leftovers(store, journal)
+            if journal.holds():
+                prune_finals(journal, _front_members(store, plan))
+                recover.remove_leftovers(store, journal)
 
 
 def _fit(tuner: Any, run: _Run) -> None:
@@ -205,9 +213,10 @@ def _with_rows(store: Store, plan: SweepPlan) -> set[tuple[str, int]]:
     return {(row["trial_id"], row["attempt"]) for row in rows}
 
 
-def _front_members(store: Store, sweep_id: str) -> set[str]:
-    """Trials whose configuration is on a front; of anytime trials any point of it."""
-    fronts = pareto_fronts(store, sweep_id=sweep_id, table=front_table(store, sweep_id))
+def _front_members(store: Store, plan: SweepPlan) -> set[str]:
+    """Trials whose configuration is on a front of the sweep's objectives; of anytime trials any point of it."""
+    table = front_table(store, plan.sweep_id, plan.objectives)
+    fronts = pareto_fronts(store, *plan.objectives, sweep_id=plan.sweep_id, table=table)
     return {trial for front in fronts for row in front.rows() for trial in str(row["trial_id"]).split()}
 
 

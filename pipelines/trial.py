@@ -33,8 +33,8 @@ from pipelines.evaluation import (
 )
 from pipelines.faults import passing
 from pipelines.heartbeat import Keeper
-from pipelines.journal import Journal
-from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, quadrature, total, trial_monitor
+from pipelines.journal import Journal, points_document
+from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, any_true, quadrature, total, trial_monitor
 from pipelines.model import Hardware, build_model, set_prices, switch_opening, weigh_opening
 from pipelines.modelled import PhaseModel
 from pipelines.parquet import is_storage_error
@@ -80,6 +80,7 @@ class Trial:
         board: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.key, self.store, self.monitor = config, key, store, monitor
+        self._journal = journal
         self.checkpoints = Checkpoints(journal, key.trial_id) if journal is not None and config.checkpoint else None
         self.ledger = Ledger(monitor, keeper=keeper, name=key.name)
         self.ledger.carry = Carry().losing_up_to(spent_j)
@@ -164,8 +165,16 @@ class Trial:
                     sums = self.trainer.run_to(total_steps, total_steps)
                 record = self._evaluated(sums, branch=self.ledger.of(BRANCH)[-1])
                 self.points.append(self._point_values(record, self.ledger.of(BRANCH)[-1]))
+                self._keep_points()
         self._save()
         return record
+
+    def _keep_points(self) -> None:
+        """Put down the points so far: whoever ends this attempt from outside makes rows of them."""
+        if self._journal is not None:
+            self._journal.put(
+                points_document(self.key.name), {"corpus": self.corpus.fingerprint, "points": self.points}
+            )
 
     def _training(self, phase: str) -> AbstractContextManager[Any]:
         return self.ledger.window(phase, modelled_power_w=self.modelled.power_w("train"))
@@ -255,6 +264,8 @@ class Trial:
         self.ledger.carry = Carry.from_document(checkpoint.values["carry"]).losing_up_to(self._spent_j)
         self.epochs = continued(checkpoint.values["epochs"], self.key)
         self.points = checkpoint.values["points"]
+        if self.points:
+            self._keep_points()
         self.epoch = int(checkpoint.values["epoch"])
         self.store.write(EpochRecord, self.epochs, **dataclasses.asdict(self.key))
         return self.epochs[-1]
@@ -414,6 +425,7 @@ class Trial:
                 (self.ledger.carry.train_uncertainty_j, *trunk, branch.uncertainty_j)
             ),
             "branch_energy_j": branch.energy_j,
+            "shared_gpu": any_true(m.shared for m in (*self.ledger.of(TRAIN), branch)),
         }
 
 

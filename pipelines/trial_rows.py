@@ -13,6 +13,7 @@ import torch
 from hwcost import PowerSample
 from pipelines.config import TrialConfig
 from pipelines.evaluation import Evaluation
+from pipelines.ledger import any_true
 from pipelines.opening import OpeningCase
 from pipelines.prices import Prices
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, TrialRecord
@@ -127,11 +128,15 @@ def one_line(error: BaseException) -> str:
 
 
 def point_of(record: TrialRecord, **changes: Any) -> PointRecord:
-    """A point from its trial's row: the trial's own end, or what `changes` say of an earlier one."""
+    """A point from its trial's row: the trial's own end, or what `changes` say of an earlier one.
+
+    What became of the trial (`state`, `censored`) stands on every point of it; the GPU was shared where it was for
+    either.
+    """
     names = {field.name for field in dataclasses.fields(PointRecord)}
-    shared = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name in names}
-    shared |= {"trial_fingerprint": record.config_fingerprint, "censored": False}
-    return PointRecord(**(shared | changes))
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name in names}
+    values |= {"trial_fingerprint": record.config_fingerprint, **changes}
+    return PointRecord(**values | {"shared_gpu": any_true((record.shared_gpu, values["shared_gpu"]))})
 
 
 def power_records(key: TrialKey, samples: Sequence[PowerSample], origin_s: float) -> list[PowerRecord]:

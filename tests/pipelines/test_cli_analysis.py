@@ -16,10 +16,12 @@ from pipelines import cli_analysis, tracking
 from pipelines.config import ConfigError
 from pipelines.epoch_ends import front_table
 from pipelines.journal import Journal
+from pipelines.plan import plan_sweep
 from pipelines.records import Store
 from pipelines.sweep import _front_members
 from tests.pipelines import synthetic
 from tests.pipelines.synthetic import SWEEP, trial
+from tune_spaces import Space
 
 APP = typer.Typer()
 cli_analysis.register(APP)
@@ -71,7 +73,24 @@ def test_a_front_over_epochs_is_drawn_from_points_where_trials_are_anytime(
     assert "of 3 configurations" in run("pareto", out, "--x", "train_duration_s")[1]  # points have no seconds
     short = {trial for row in document["front"] if row["epochs"] == 1 for trial in row["trial_id"].split()}
     assert short
-    assert short <= _front_members(store, SWEEP)
+    plan = plan_sweep(Space(name="s", question="", fixed={}, domains={}, conditions={}, sweep={}), sweep_id=SWEEP)
+    assert short <= _front_members(store, plan)
+
+
+def test_a_sweep_ends_with_the_front_of_its_own_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dearest trial is the fastest: it is on the front of who asked for speed; `pareto` asks for loss, joules."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    rows = [trial("cheap", tokens_per_s=10.0), trial("fast", tokens_per_s=20.0, train_energy_j=300.0)]
+    synthetic.write(tmp_path, rows)
+    space = Space(name="s", question="", fixed={}, domains={}, conditions={}, sweep={})
+    plan = plan_sweep(space, sweep_id=SWEEP, objectives=["eval_loss_nats", "tokens_per_s:max", "train_energy_j"])
+    Journal(str(tmp_path), SWEEP).put("plan.json", plan.to_document())
+    shown = io.StringIO()
+    assert cli_analysis.conclude_sweep(Console(file=shown, width=200), tmp_path, SWEEP, None)
+    assert "Pareto front: 2 of 2 configurations" in shown.getvalue()
+    assert "tokens_per_s" in shown.getvalue()
+    assert _front_members(Store(tmp_path), plan) == {"cheap", "fast"}
+    assert "Pareto front: 1 of 2 configurations" in run("pareto", str(tmp_path))[1]
 
 
 def test_other_sweeps_draw_their_front_from_trials(out: str) -> None:
@@ -116,6 +135,14 @@ def test_compare_prints_its_verdict(out: str) -> None:
     code, shown, _ = run("compare", out, "--baseline", "energy_lambda=0", "--candidate", "energy_lambda>0")
     assert code == 0
     assert "no evidence" in shown
+    assert "points that anytime trials" not in shown
+
+
+def test_compare_says_that_it_looked_at_points(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, synthetic.anytime((1, 2, 2)))
+    sides = ("--baseline", "energy_lambda=0", "--candidate", "energy_lambda>0")
+    assert "Compared are the points that anytime trials passed through" in run("compare", str(tmp_path), *sides)[1]
+    assert "points that anytime" not in run("compare", str(tmp_path), *sides, "--table", "trials")[1]
 
 
 def test_export_and_schema(out: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.compare import NO_EVIDENCE, Comparison, compare, holm
-from pipelines.records import TrialRecord, to_table
+from pipelines.records import PointRecord, TrialRecord, to_table
 from pipelines.sections_savings import questions, verdict
 from tests.pipelines import synthetic
 from tests.pipelines.synthetic import trial
@@ -168,6 +169,26 @@ def test_expressions_with_alternatives_numbers_and_none(tmp_path: Path) -> None:
 def test_points_can_be_compared_too(tmp_path: Path) -> None:
     store = synthetic.write(tmp_path, [*side("topk", 100, 3.5), *side("energy", 80, 3.5)])
     assert len(compare(store, "router=topk", "router=energy", table="points").pairs) == 4
+
+
+def test_anytime_trials_are_compared_by_their_points(tmp_path: Path) -> None:
+    """Unless an expression asks for what points do not have; and texts do not mix."""
+    store = synthetic.write(tmp_path, synthetic.anytime((1, 2, 3)))
+    found = compare(store, "energy_lambda=0", "energy_lambda>0")
+    assert (found.table, len(found.pairs)) == ("points", 4)  # one and two epochs on either side
+    assert {pair.candidate["epochs"] for pair in found.pairs} == {1, 2}
+    assert all(pair.paired and pair.saving.seeds == 3 for pair in found.pairs)
+    assert found.context.corpus_fingerprint == "corpus-a"
+    whole = compare(store, "energy_lambda=0,batch_size=8", "energy_lambda>0")
+    assert (whole.table, len(whole.pairs)) == ("trials", 1)
+    assert compare(store, "energy_lambda=0", "energy_lambda>0", table="trials").table == "trials"
+    assert compare(store.read(PointRecord), "energy_lambda=0", "energy_lambda>0").table == "points"
+    other = tmp_path / "other"
+    rows = [
+        dataclasses.replace(r, corpus_fingerprint=f"corpus-{r.energy_lambda}") for r in synthetic.anytime((1, 2, 3))
+    ]
+    with pytest.raises(ValueError, match="selects a completed trial"):
+        compare(synthetic.write(other, rows), "energy_lambda=0", "energy_lambda>0")
 
 
 def test_what_is_left_out_is_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -19,19 +20,20 @@ import torch
 
 from hwcost import DeviceInfo, EnergyMonitor
 from pipelines import heartbeat, ledger, recover
-from pipelines.budget import Budget, stalls
+from pipelines.budget import Budget
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
+from pipelines.epoch_ends import front_table
 from pipelines.follow import SweepCallback
 from pipelines.journal import Journal
 from pipelines.ledger import Carry
 from pipelines.model import Hardware, build_model
+from pipelines.pareto import pareto_front
 from pipelines.plan import plan_sweep
 from pipelines.records import EpochRecord, PointRecord, Store, TrialRecord
 from pipelines.training import Trainer, learning_rate
 from pipelines.trial import Trial, TrialKey, run_trial
-from tests.pipelines.synthetic import trial as synthetic
-from tune_spaces import Grid, Space
+from tune_spaces import Space
 
 
 def test_what_was_spent_beyond_a_checkpoint_is_lost() -> None:
@@ -188,6 +190,40 @@ def test_anytime_points_are_what_trials_of_that_length_are(tiny: dict[str, Any],
     assert sum(getattr(record, f"{name}_energy_j") for name in names) == pytest.approx(record.total_energy_j)
 
 
+@pytest.mark.parametrize(("ended_by", "state"), [("scheduler", "STOPPED"), ("died", "FAILED")])
+def test_an_anytime_trial_that_is_ended_keeps_its_points(
+    tiny: dict[str, Any], tmp_path: Path, ended_by: str, state: str
+) -> None:
+    config = TrialConfig.parse(tiny | {"epochs": "anytime:4"})
+    journal, store, key = Journal(str(tmp_path), "s"), Store(tmp_path), TrialKey(sweep_id="s", trial_id=config.trial_id)
+    with ledger.trial_monitor() as monitor:
+        journal.claim(config.trial_id, recover.empty_claim(config) | {"source": monitor.source})
+        trial = Trial(config, key, store, monitor, journal=journal)
+        reached = [trial.advance() for _ in range(3)][1:]  # and the scheduler says stop
+    assert not store.files(PointRecord, "s")
+    (row,) = recover.write_missing(store, journal, ended_by=ended_by, alive=True)
+    points = store.read(PointRecord, "s").to_pylist()
+    assert [point["epochs"] for point in points] == [1, 2]
+    for point, epoch in zip(points, reached, strict=True):
+        assert isinstance(epoch, EpochRecord)
+        assert (point["state"], point["censored"]) == (row.state, row.censored) == (state, state == "STOPPED")
+        assert (point["eval_loss_nats"], point["train_energy_j"]) == (epoch.eval_loss_nats, epoch.train_energy_j)
+        assert point["branch_energy_j"] == epoch.epoch_energy_j
+    assert row.corpus_fingerprint == trial.corpus.fingerprint
+    front = pareto_front(store, sweep_id="s", table=front_table(store, "s"))
+    assert {row["epochs"] for row in front.rows(members_only=False)} == {1, 2}
+    with ledger.trial_monitor() as monitor:
+        journal.claim(config.trial_id, recover.empty_claim(config))
+        again = Trial(config, dataclasses.replace(key, attempt=1), store, monitor, journal=journal)
+        again.advance()  # from the checkpoint, and ended before the next point
+    recover.write_missing(store, journal, ended_by=ended_by, alive=True)
+    assert [(p["epochs"], p["attempt"]) for p in store.read(PointRecord, "s").to_pylist()] == [
+        (1, 0), (2, 0), (1, 1), (2, 1)
+    ]  # fmt: skip
+    front = pareto_front(store, sweep_id="s", table="points")
+    assert len(front.rows(members_only=False)) == 2  # the later attempt's stand for the earlier one's
+
+
 def test_wsd_is_stable_then_decays_and_shares_its_trunk(tiny: dict[str, Any]) -> None:
     config = TrialConfig.parse(tiny | {"schedule": "wsd", "learning_rate": 1.0, "epochs": 2})
     short, long = ([learning_rate(config, step, total, 50) for step in range(total)] for total in (50, 100))
@@ -233,10 +269,38 @@ def test_a_lease_does_not_lapse_while_its_driver_waits(monkeypatch: pytest.Monke
         time.sleep(1.5)  # data are loaded, boards are measured, MLflow does not answer
         with pytest.raises(ConfigError, match="expected a sweep that nobody drives"), two.driving():
             pass
+        assert one.holds()
         one.put("driver.json", {"lease": "another", "renewed": 0.0})  # taken over after a standstill
         time.sleep(0.3)
+        assert not one.holds()
     assert one.get("driver.json")["lease"] == "another"
     assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
+
+
+def test_a_driver_that_wakes_up_knows_before_it_writes(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease lapsed while the whole process stood still, its thread too: looked up at once, and nothing written."""
+    now = time.time()
+    monkeypatch.setattr(Journal, "_renew", lambda *args: None)
+    one, two = (Journal("memory://leases/asleep", "s") for _ in range(2))
+    plan = plan_sweep(Space(name="s", question="", fixed=tiny, domains={}, conditions={}, sweep={}), sweep_id="s")
+    budget = Budget(plan, lambda: None, holds=one.holds)
+    with one.driving():
+        assert not budget.stop_all()
+        (config,) = plan.trials
+        one.claim(config.trial_id, recover.empty_claim(config))
+        monkeypatch.setattr(time, "time", lambda: now + 31.0)
+        with two.driving():
+            assert budget.stop_all()
+            assert budget.reason == "another driver took the sweep over"
+            follower = SweepCallback(plan, "memory://leases/asleep", None, budget)
+            follower.store, follower.journal = Store("memory://leases/asleep"), one
+            trial = types.SimpleNamespace(config={"trial": {"trial_id": config.trial_id}})
+            follower._write_missing(trial, "died")
+            follower.on_trial_result(0, [], trial, {"trial_row": "not looked at"})
+            assert not follower.store.files(TrialRecord)
+            assert "got process" in str(one.taken_over())
+            assert two.holds()
+    assert two.get("driver.json")["released"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -286,25 +350,6 @@ def test_an_attempt_that_died_gets_its_row(tiny: dict[str, Any], tmp_path: Path)
     before = recover.row_before(store, journal, config.trial_id)
     assert recover.spent_j(before, journal.attempts(config.trial_id)) == pytest.approx(1000.0)
     assert journal.claim(config.trial_id, claim) == 1
-
-
-@pytest.mark.parametrize(("gains", "ends"), [((0.5, 0.4, 0.3), False), ((0.5, 3.0, 3.0), True)])
-def test_a_front_that_does_not_grow_ends_the_sweep(gains: tuple[float, ...], ends: bool) -> None:
-    points = [(10.0, 3.0), (20.0, 2.0), *((5.0, gain) for gain in gains)]
-    assert stalls(points, 2) is ends
-    assert not stalls(points[:2], 2)
-
-
-def test_budgets_name_their_reason(tiny: dict[str, Any]) -> None:
-    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
-    budget = Budget(plan_sweep(space, max_joules=100), lambda: 101.0)
-    assert budget.stop_all()
-    assert budget.reason == "max_joules: 101 J of 100 J are spent"
-    assert not Budget(plan_sweep(space, max_joules=100), lambda: None).stop_all()
-    late = Budget(plan_sweep(space, max_hours=1), lambda: None, before_s=3601)
-    assert late.stop_all()
-    known = [synthetic(f"t{i}", train_energy_j=10.0 + i, eval_loss_nats=3.0) for i in range(6)]
-    assert Budget(plan_sweep(space, stall=3), lambda: None, known).stop_all()
 
 
 def test_a_trial_on_the_cpu_of_a_gpu_host_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,51 @@ def test_any_fsspec_uri_opens(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_driver_whose_sweep_was_taken_over_ends(
+    tiny: dict[str, Any], tmp_path: Path, objects: ObjectStore, mlflow_server: str
+) -> None:
+    """Exit code 1, one line, not a row more, and another driver goes on from what is there."""
+    space = tmp_path / "s.yaml"
+    grid = {"energy_lambda": {"grid": [0.1, 0.2, 0.4]}}
+    space.write_text(yaml.safe_dump({"question": "?", "trial": tiny | {"epochs": 12} | grid}))
+    out = objects.uri("taken")
+    words = [sys.executable, "-m", "pipelines.cli", "sweep"]
+    more = ["--out", out, "--parallel", "1", "--tracking-uri", mlflow_server]
+    begin = [*words, str(space), "--sweep-id", "taken", *more]
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    store, journal = Store(out), Journal(out, "taken")
+    with subprocess.Popen(begin, **how) as driver:
+        for _ in range(1800):
+            if store.files(EpochRecord):
+                break
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.1)
+        other = {"lease": "another", "pid": 7, "host": "elsewhere", "renewed": time.time()}
+        journal.put("driver.json", other)
+        shown, problem = driver.communicate(timeout=120)
+    assert driver.returncode == 1, shown + problem
+    (line,) = problem.strip().splitlines()[-1:]
+    assert line.startswith("joulemoe: resume: expected to be the one driver of taken, got process 7 on elsewhere"), (
+        problem
+    )
+    assert "Pareto front" not in shown
+    assert journal.get("driver.json") == other
+    rows = {row["trial_id"] for row in store.read(TrialRecord).to_pylist()}
+    claimed = {claim["trial_id"] for claim in journal.claims()}
+    assert len(claimed - rows) == 1  # the trial that ran has no row of this driver's
+    assert len(claimed) < 3
+    journal.put("driver.json", other | {"released": True})
+    done = subprocess.run(
+        [*words, "--resume", "taken", *more], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ends = [row for row in store.read(TrialRecord).to_pylist() if row["state"] == "COMPLETED"]
+    assert len({row["trial_id"] for row in ends}) == len(ends) == 3
+    (before,) = (row for row in store.read(TrialRecord).to_pylist() if row["state"] != "COMPLETED")
+    assert (before["trial_id"], before["ended_by"]) in {(name, "died") for name in claimed - rows}
+
+
+@pytest.mark.slow
 def test_a_whole_sweep_on_s3(tiny: dict[str, Any], tmp_path: Path, objects: ObjectStore, mlflow_server: str) -> None:
     space = tmp_path / "s.yaml"
     space.write_text(yaml.safe_dump({"question": "?", "trial": tiny | {"top_k": {"grid": [1, 2]}}}))

@@ -162,6 +162,8 @@ def test_the_report_says_what_epochs_are(page: Path, tmp_path: Path) -> None:
     assert {row["epochs"] for row in results.front.rows()} == {1, 2}
     assert "1 epoch" in text
     assert "Seconds are known of whole trials only" in text
+    assert "Compared are the points that anytime trials passed through" in text
+    assert "Decoding is measured at the end of a trial only" in text
 
 
 def test_names_from_data_are_escaped(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
 import optuna
@@ -50,22 +52,56 @@ def test_a_search_draws_valid_trials_and_keeps_conditions(tiny: dict[str, Any], 
     assert {"energy_lambda", "regularizer", "regularizer_weight"} in drawn
 
 
-def test_outcomes_are_told_as_what_they_are(tiny: dict[str, Any]) -> None:
-    study = Study(space_of(tiny), ("train_energy_j", "eval_loss_nats"), sampler_of("tpe", 8))
-    changes: list[dict[str, Any]] = [
-        {},
-        {"state": "FAILED"},
-        {"state": "STOPPED", "censored": True},
-        {"eval_loss_nats": float("nan")},
-        {"train_energy_j": None},
-    ]
-    for change in changes:
+OUTCOMES: list[tuple[dict[str, Any], Any]] = [
+    ({}, STATES.COMPLETE),
+    ({"state": "FAILED"}, STATES.FAIL),
+    ({"state": "STOPPED", "censored": True}, STATES.PRUNED),
+    ({"eval_loss_nats": float("nan")}, STATES.FAIL),
+    ({"train_energy_j": None}, STATES.FAIL),
+]
+
+
+@pytest.mark.parametrize("search", ["tpe", "nsga2", "gp"])
+def test_outcomes_are_told_as_what_they_are(tiny: dict[str, Any], search: str) -> None:
+    study = Study(space_of(tiny), ("train_energy_j", "eval_loss_nats"), sampler_of(search, 8))
+    rows = []
+    for change, _ in OUTCOMES:
         config = study.ask()
-        study.tell(config.trial_id, row_of(config, **change))
-    lost = study.ask()
-    study.tell(lost.trial_id, None)
-    assert [t.state for t in study.study.trials] == [STATES.COMPLETE, *[STATES.FAIL] * 5]
+        rows.append(row_of(config, **change))
+        study.tell(config.trial_id, rows[-1])
+    for stopped in (False, True):
+        study.tell(study.ask().trial_id, None, stopped=stopped)
+    expected = [state for _, state in OUTCOMES]
+    assert [t.state for t in study.study.trials] == [*expected, STATES.FAIL, STATES.PRUNED]
+    assert [t.values is not None for t in study.study.trials] == [
+        t.state == STATES.COMPLETE for t in study.study.trials
+    ]
     assert len(study.study.best_trials) == 1
+    again = Study(space_of(tiny), ("train_energy_j", "eval_loss_nats"), sampler_of(search, 8))
+    for row in rows:
+        again.remember(row)
+    assert [t.state for t in again.study.trials] == expected
+    for _ in range(8):  # samplers go on beside pruned trials
+        study.tell(study.ask().trial_id, None, stopped=True)
+    assert study.ask().trial_id not in study.known
+
+
+def test_tpe_draws_away_from_what_was_stopped(tiny: dict[str, Any]) -> None:
+    """A failed trial teaches Optuna nothing, a stopped one stands among the bad."""
+    fixed = {key: value for key, value in tiny.items() if key != "energy_lambda"}
+    space = Space(
+        name="s", question="", fixed=fixed, domains={"energy_lambda": LogUniform(1e-3, 1.0)}, conditions={}, sweep={}
+    )
+    axes = ("train_energy_j", "eval_loss_nats")
+    high = {}
+    for state in ("FAILED", "STOPPED"):
+        study = Study(space, axes, sampler_of("tpe", 64))
+        for _ in range(64):
+            config = study.ask()
+            good = config.energy_lambda < 0.03
+            study.tell(config.trial_id, row_of(config, **({} if good else {"state": state})))
+        high[state] = sum(trial.params["energy_lambda"] >= 0.03 for trial in study.study.trials)
+    assert high["STOPPED"] < 0.7 * high["FAILED"]
 
 
 def test_a_session_remembers_the_earlier_ones(tiny: dict[str, Any]) -> None:
@@ -86,9 +122,14 @@ def test_the_searcher_runs_what_is_unfinished_first(tiny: dict[str, Any]) -> Non
     first = searcher.suggest("ray-1")
     assert first["trial"]["trial_id"] == unfinished.trial_id
     assert first["out"] == "x"
-    searcher.on_trial_complete("ray-1", error=True)
+    row = row_of(unfinished)
+    text = json.dumps(dataclasses.asdict(row), default=str)
+    searcher.on_trial_complete("ray-1", {"trial_row": text})
+    assert [trial.state for trial in searcher.study.study.trials] == [STATES.COMPLETE]
     assert searcher.suggest("ray-2") is not None
     assert searcher.suggest("ray-3") == "FINISHED"
+    searcher.on_trial_complete("ray-2", {"epoch": 1, "loss": 3.0})  # the scheduler's word: no row of its own yet
+    assert [trial.state for trial in searcher.study.study.trials] == [STATES.COMPLETE, STATES.PRUNED]
 
 
 def test_nothing_to_search_is_named(tiny: dict[str, Any]) -> None:
