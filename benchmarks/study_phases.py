@@ -49,6 +49,11 @@ def _decode(batch: int) -> str:
     return f"decode_j_per_token_b{batch}"
 
 
+def _rate(column: str) -> str:
+    """Tokens per second that belong to a column of joules per token."""
+    return column.replace("j_per_token", "tokens_per_s")
+
+
 def _milli(value: float | None) -> float | None:
     return None if value is None else 1e3 * value
 
@@ -81,8 +86,8 @@ class Reached:
 
 
 def reached(row: Row, watts: Mapping[tuple[str, str], float], batches: Sequence[int]) -> dict[str, Reached]:
-    """What the hardware reached in each phase. Training's time is measured; that of prefill and decode is joules over
-    the mean watts of the phase's power samples."""
+    """What the hardware reached in each phase. Time is measured; that of prefill and decode in rows of an older version
+    is joules over the mean watts of the phase's power samples."""
     config, size = row["config"], row["config"]["batch_size"]
     call = Call(batch_size=size, seq_len=config["seq_len"])
     steps = row["tokens_trained"] / (size * (config["seq_len"] - 1))  # the first token is no target
@@ -94,9 +99,11 @@ def reached(row: Row, watts: Mapping[tuple[str, str], float], batches: Sequence[
         step = Call(batch_size=batch, seq_len=cached, phase="decode")
         others.append((f"decode, batch {batch}", f"decode_b{batch}", "decode_step", step, _decode(batch), batch))
     for name, phase, op, asked, column, tokens in others:
-        power, joules = watts.get((row["trial_id"], phase)), row[column]
-        # Watts are as the board drew them, joules as the mean board would have.
-        seconds = tokens * joules / row["board_factor"] / power if power and joules is not None else None
+        power, joules, rate = watts.get((row["trial_id"], phase)), row[column], row[_rate(column)]
+        if rate:
+            seconds = tokens / rate
+        else:  # watts are as the board drew them, joules as the mean board would have
+            seconds = tokens * joules / row["board_factor"] / power if power and joules is not None else None
         found[name] = _reached(row, op, asked, joules, seconds)
     return found
 
@@ -137,10 +144,11 @@ def _claims(study: Study, rows: Sequence[Row], base: Row, batches: Sequence[int]
             "launches", "experts", "claim")  # fmt: skip
     return (
         "Beside each claim what was reached: operations and bytes counted from the model's shape and the width "
-        "selected, experts open as a balanced router opens them, over the time (of prefill and decode: joules over "
-        "the mean watts of the phase's samples). Launches, experts: what the profile gives to starting a step's "
-        "kernels and to its experts, over the step's time. No claim where launches take longer than experts in either "
-        "of the two; nor where joules differ by less than three times the A/A repeatability (of training).\n\n"
+        "selected, experts open as a balanced router opens them, over the time (of prefill and decode in rows without "
+        "a rate: joules over the mean watts of the phase's samples). Launches, experts: what the profile gives to "
+        "starting a step's kernels and to its experts, over the step's time. No claim where launches take longer than "
+        "experts in either of the two; nor where joules differ by less than three times the A/A repeatability (of "
+        "training).\n\n"
         f"{markdown(head, body)}"
     )
 

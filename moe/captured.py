@@ -90,7 +90,8 @@ class CapturedForward:
             return self.forward(**kwargs)
         rest = tuple(sorted((name, value) for name, value in kwargs.items() if name not in tensors))
         shapes = tuple((name, value.shape, value.dtype) for name, value in sorted(tensors.items()))
-        state = tuple((router.keep_first, getattr(router, "active", None)) for router in self.model.routers)
+        routers = getattr(self.model, "routers", ())  # a dense model has none
+        state = tuple((router.keep_first, getattr(router, "active", None)) for router in routers)
         key = (shapes, rest, state, self.model.training, pointers(self.model))
         kind = self._kinds.setdefault(key, _Kind())
         kind.calls += 1

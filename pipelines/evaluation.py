@@ -16,6 +16,7 @@ import torch
 
 from hwcost import EnergyMonitor, Measurement, share_energy
 from moe import RoutingStats, RoutingSummary
+from moe.captured import CapturedForward
 from pipelines.config import MEASURE_S, WARMUP_S, NonFiniteLossError, TrialConfig
 from pipelines.data import Corpus, TokenSplit
 from pipelines.model import Hardware
@@ -37,6 +38,11 @@ class PhaseEnergy:
     j_per_token: float | None
     tokens: int
     measurement: Measurement
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens over the window's time; None where no time went by."""
+        return self.tokens / self.measurement.duration_s if self.measurement.duration_s else None
 
 
 @torch.no_grad()
@@ -87,12 +93,14 @@ def measure_prefill(
     *,
     modelled_power_w: float | None = None,
 ) -> PhaseEnergy:
-    """Joules per prompt token of a forward pass over full blocks."""
+    """Joules per prompt token of a forward pass over full blocks: one CUDA graph where code is compiled for a GPU, or
+    launching its kernels would take longer than running them."""
     block_BS, _ = next(_batches(split, config.batch_size, hardware.device))
+    forward = CapturedForward(model, model) if hardware.compile else model
 
     def once() -> None:
         with torch.no_grad(), hardware.autocast():
-            model(input_ids=block_BS, use_cache=False, logits_to_keep=1)
+            forward(input_ids=block_BS, use_cache=False, logits_to_keep=1)
 
     return _repeat(once, block_BS.shape, "prefill", config, hardware, monitor, modelled_power_w)
 

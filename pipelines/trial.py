@@ -42,7 +42,7 @@ from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, Store, TrialRecord
 from pipelines.training import EpochSums, Trainer, decay_start
 from pipelines.trial_rows import (
-    DECODE_COLUMNS,
+    DECODE_BATCHES,
     TrialKey,
     config_columns,
     continued,
@@ -283,6 +283,7 @@ class Trial:
                 watts = self.modelled.power_w("prefill")
                 prefill = measure_prefill(self.model, self.validation, *where, modelled_power_w=watts)
                 self._measured["prefill_j_per_token"] = prefill.j_per_token
+                self._measured["prefill_tokens_per_s"] = prefill.tokens_per_s
             self._price("decode")
             for batch in self.config.decode_batches:
                 watts = self.modelled.power_w(f"decode_b{batch}")
@@ -297,8 +298,9 @@ class Trial:
     def _book_decode(self, batch: int, phase: PhaseEnergy) -> None:
         if "decode_batch" not in self._measured:
             self._measured |= {"decode_batch": batch, "decode_j_per_token": phase.j_per_token}
-        if batch in DECODE_COLUMNS:
-            self._measured[DECODE_COLUMNS[batch]] = phase.j_per_token
+        if batch in DECODE_BATCHES:
+            self._measured[f"decode_j_per_token_b{batch}"] = phase.j_per_token
+            self._measured[f"decode_tokens_per_s_b{batch}"] = phase.tokens_per_s
 
     # --- records -----------------------------------------------------------------------------------
 

@@ -18,12 +18,8 @@ from pipelines.opening import OpeningCase
 from pipelines.prices import Prices
 from pipelines.records import EpochRecord, PointRecord, PowerRecord, TrialRecord
 
-DECODE_COLUMNS = {
-    1: "decode_j_per_token_b1",
-    8: "decode_j_per_token_b8",
-    32: "decode_j_per_token_b32",
-    128: "decode_j_per_token_b128",
-}
+DECODE_BATCHES = (1, 8, 32, 128)
+"""Batches of decoding that have columns of their own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

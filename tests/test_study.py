@@ -298,6 +298,8 @@ def test_phases_make_no_claim_where_launches_bound_the_time(whole: Path) -> None
     assert one(1, 0.5).seconds == pytest.approx(0.5e-3)
     assert one(1, 0.5).by_launches
     assert not one(128, 0.5).by_launches  # all experts are read
+    timed = row | {"decode_tokens_per_s_b8": 8 / 2e-3}
+    assert study_phases.reached(timed, {}, (8,))["decode, batch 8"].seconds == pytest.approx(2e-3)  # as measured
     assert one(128, 0.25).flops_per_s == pytest.approx(2 * (one(128, 0.5).flops_per_s or 0))
     text = study.page(found, study.sections(found)).split("## Phases apart", 1)[1].split("\n## ")[0]
     claims = {

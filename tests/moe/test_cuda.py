@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 
 from benchmarks.check_cuda import CHECKS, build, text
 from moe import ROUTERS
@@ -42,4 +43,17 @@ def test_a_captured_forward_follows_prices_biases_and_text() -> None:
         assert torch.equal(got_TK, want.routing[-1].expert_TK)
         losses.append(float(got_loss))
     assert len(set(losses)) == len(losses)
+    assert [kind.graph is not None for kind in captured._kinds.values()] == [True]
+
+
+@torch.no_grad()
+def test_a_captured_forward_serves_a_dense_model_and_weights_cast_by_autocast() -> None:
+    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2)
+    model, ids = transformers.GPT2LMHeadModel(config).cuda().eval(), torch.randint(64, (3, 32), device="cuda")
+    captured = CapturedForward(model, model)
+    for call in range(5):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            got = captured(input_ids=ids.roll(call, 1), use_cache=False, logits_to_keep=1).logits.clone()
+            want = model(input_ids=ids.roll(call, 1), use_cache=False, logits_to_keep=1).logits
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
     assert [kind.graph is not None for kind in captured._kinds.values()] == [True]

@@ -68,7 +68,14 @@ def test_the_ledger_adds_up_to_the_span(finished: tuple[TrialRecord, Store]) -> 
 
 def test_phases_and_routing_are_reported(finished: tuple[TrialRecord, Store]) -> None:
     record, _ = finished
-    for name in ("prefill_j_per_token", "decode_j_per_token", "train_j_per_token", "tokens_per_s", "test_loss_nats"):
+    for name in (
+        "prefill_j_per_token",
+        "decode_j_per_token",
+        "train_j_per_token",
+        "tokens_per_s",
+        "test_loss_nats",
+        "prefill_tokens_per_s",
+    ):
         value = getattr(record, name)
         assert value is not None, name
         assert value > 0, name
