@@ -365,7 +365,7 @@ def _cut(document: Document, stream: npt.NDArray[np.int32]) -> Iterable[tuple[st
 
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int]]:
-    encodings = tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
+    encodings = tokenizer.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 
