@@ -207,8 +207,7 @@ def _render_gpu(gpu: DeviceReport) -> list[str]:
             lines.append(f"  {field.field:18} not readable: {field.reason}")
             continue
         cost = f"{1e6 * (field.cost_s or 0.0):.0f} µs a read"
-        changes = f", a new value every {1e3 * field.period_s:.0f} ms" if field.period_s else ""
-        lines.append(f"  {field.field:18} {cost}{changes}")
+        lines.append(f"  {field.field:18} {cost}, {_changes(field)}")
     if gpu.idle_w is not None:
         lines.append(f"  idle at {gpu.idle_w:.0f} W {'with' if gpu.context else 'without'} a context")
     elif gpu.power_w is not None:
@@ -217,6 +216,12 @@ def _render_gpu(gpu: DeviceReport) -> list[str]:
         plural = "" if gpu.others == 1 else "es"
         lines.append(f"  used by {gpu.others} other process{plural}" if gpu.others else "  nobody else uses it")
     return [*lines, f"  profile {gpu.profile} ({_kind(gpu)})"]
+
+
+def _changes(field: FieldProbe) -> str:
+    if field.period_s:
+        return f"a new value every {1e3 * field.period_s:.0f} ms"
+    return f"fewer than three new values in {field.watched_s:.1f} s"
 
 
 def _kind(gpu: DeviceReport) -> str:

@@ -47,18 +47,18 @@ class Calibrator:
         self._about: dict[str, Any] = {}
 
     def run(self) -> Calibration:
-        """All of the plan that the budget allows."""
+        """All of the plan that the budget allows; as it was saved, so that the points can be fitted again."""
         try:
             self._start()
             with self._progress() as progress:
                 self._measure_all(progress)
         finally:
-            self._save()
+            measured = self._save()
             for worker in self._workers:
                 worker.dismiss()
             for worker in self._workers:
                 worker.stop()
-        return self.calibration()
+        return measured
 
     def calibration(self) -> Calibration:
         """What was measured so far."""
@@ -267,9 +267,11 @@ class Calibrator:
         self.skipped.append(f"{spec.name}: {lines[-1] if lines else type(error).__name__}")
         self._say(f"[yellow]{spec.name} left out[/]: " + "\n".join(lines[-12:]))
 
-    def _save(self) -> None:
+    def _save(self) -> Calibration:
+        measured = self.calibration()
         if self.raw is not None:
-            self.calibration().write(self.raw)
+            measured.write(self.raw)
+        return measured
 
     def _device(self) -> dict[str, Any]:
         devices = self.monitor.devices

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,34 @@ def test_a_gpu_is_described(real: Bench) -> None:
     json.dumps(report.as_dict())
 
 
+def test_every_field_tells_how_often_it_changes(real: Bench) -> None:
+    """Steps of 40 ms in all that a busy board changes; its memory stays as it is."""
+
+    def step() -> int:
+        return int(real.world.now / 0.04)
+
+    real.board().true_energy(real.world.now + 60)
+    real.install(
+        "0",
+        nvmlDeviceGetTemperature=lambda board, kind: 40 + step() % 3,
+        nvmlDeviceGetUtilizationRates=lambda board: types.SimpleNamespace(gpu=step() % 100, memory=1),
+        nvmlDeviceGetClockInfo=lambda board, kind: 1500 + 15 * (step() % 7),
+        nvmlDeviceGetCurrentClocksEventReasons=lambda board: 4 * (step() % 2),
+    )
+    began = time.monotonic()
+    report = examine(seconds=3.0)
+    assert time.monotonic() - began < 5.0
+    found = {field.field: field for field in report.gpus[0].fields}
+    changing = ("temperature", "utilization", "sm_clock", "memory_clock", "throttle_reasons")
+    assert [found[name].period_s for name in changing] == [pytest.approx(0.04, abs=0.02)] * len(changing)
+    assert found["power_ring"].period_s == pytest.approx(0.02, rel=0.05)
+    assert (found["memory"].period_s, found["memory"].value) == (None, 2 << 30)
+    assert found["memory"].watched_s == pytest.approx(1.5, abs=0.3)
+    text = render(report)
+    assert "fewer than three new values in 1.5 s" in text
+    assert text.count("a new value every") >= 7
+
+
 @pytest.mark.parametrize(
     ("missing", "source"),
     [
@@ -58,8 +88,6 @@ def test_the_source_that_a_sweep_would_use(real: Bench, missing: tuple[str, ...]
 
 
 def test_an_idle_gpu_tells_its_idle_watts(real: Bench) -> None:
-    import types
-
     import numpy as np
 
     real.board(power=lambda t: np.full_like(t, 82.0)).true_energy(real.world.now + 60)

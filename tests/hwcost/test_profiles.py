@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from hwcost import profiles
 from hwcost.cost_model import CostModel
+from hwcost.fit import fit_profile
+from hwcost.judge import judge
+from hwcost.points import Calibration
 from hwcost.profiles import analytic_profile, load_profile, parse_profile, select_profile, shipped_profiles
+
+POINTS = Path(__file__).parents[2] / "benchmarks" / "points"
 
 
 def calibrated(limit_w=700.0):
@@ -79,3 +85,16 @@ def test_every_shipped_profile_can_be_read_and_was_measured():
         assert profile.errors
         assert {"driver_version", "board", "date"} <= set(profile.provenance)
         assert select_profile(profile.gpu_name, profile.power_limit_w) == profile
+
+
+@pytest.mark.parametrize("profile", list(shipped_profiles()), ids=lambda profile: profile.name)
+def test_every_shipped_profile_is_the_fit_of_the_points_beside_the_benchmarks(profile):
+    measured = Calibration.read(POINTS / f"{profile.name}.json")
+    fitted = fit_profile(measured, name=profile.name, bootstraps=0)
+    assert fitted.gpu_name == profile.gpu_name
+    for table in ("energy", "seconds"):
+        assert getattr(fitted, table) == pytest.approx(dict(getattr(profile, table)), rel=1e-4, abs=1e-18)
+    assert dataclasses.asdict(fitted.thermal) == pytest.approx(dataclasses.asdict(profile.thermal), rel=1e-4)
+    assert (fitted.ranges, fitted.kinds) == (profile.ranges, profile.kinds)
+    errors = judge(CostModel(fitted), measured)
+    assert errors == pytest.approx({name: profile.errors[name] for name in errors}, rel=1e-4)

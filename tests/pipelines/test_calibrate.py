@@ -165,6 +165,19 @@ def test_everything_is_measured_and_written(workers, tmp_path):
     assert Calibration.read(tmp_path / "points.json").device["torch"] == "0"
 
 
+def test_what_is_fitted_on_the_spot_is_what_was_saved(workers, tmp_path, monkeypatch):
+    """The device goes on being watched while the workers end: a trace of those seconds would be fitted and not kept."""
+    monitor = FakeMonitor()
+    sample = types.SimpleNamespace(power_w=120.0, temperature_c=40.0, sm_clock_mhz=None)
+
+    def stop(worker):
+        monitor.system.history += (types.SimpleNamespace(**vars(sample), time_s=calibrate.time.monotonic() + 1e3),)
+
+    monkeypatch.setattr(workers, "stop", stop)
+    measured = calibrator(calibrate_plan.small_plan(), monitor=monitor, raw=tmp_path / "points.json").run()
+    assert Calibration.read(tmp_path / "points.json").trace == measured.trace
+
+
 def test_what_cannot_be_built_or_measured_is_left_out_with_a_reason(workers, monkeypatch):
     plan = calibrate_plan.small_plan()
     train = [spec.name for spec in plan.specs if spec.kind == "train_step"]
