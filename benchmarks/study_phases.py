@@ -70,7 +70,7 @@ def phase_watts(samples: Sequence[Row]) -> dict[tuple[str, str], float]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reached:
     """One phase of a trial: joules per token, and of one step the seconds, the rates, and the shares of the time that
-    launches and experts take; None where not known."""
+    launches, experts, and all that the device does take by the profile; None where not known."""
 
     joules: float | None
     seconds: float | None
@@ -78,6 +78,12 @@ class Reached:
     bytes_per_s: float | None
     launch_share: float | None
     expert_share: float | None
+    device_share: float | None
+
+    @property
+    def by_host(self) -> bool:
+        """True where the device's work is less than half of the time: such joules are those of waiting for the host."""
+        return bool(self.device_share and self.device_share < 0.5)
 
     @property
     def by_launches(self) -> bool:
@@ -94,7 +100,8 @@ def reached(row: Row, watts: Mapping[tuple[str, str], float], batches: Sequence[
     step_s = row["train_duration_s"] / steps if row["train_duration_s"] else None
     found = {"training": _reached(row, "train_step", call, row["train_j_per_token"], step_s)}
     cached = config["decode_prompt_tokens"] + config["decode_new_tokens"] // 2
-    others = [("prefill", "prefill", "prefill", call, "prefill_j_per_token", call.tokens)]
+    prompt = dataclasses.replace(call, phase="prefill")
+    others = [("prefill", "prefill", "prefill", prompt, "prefill_j_per_token", call.tokens)]
     for batch in batches:
         step = Call(batch_size=batch, seq_len=cached, phase="decode")
         others.append((f"decode, batch {batch}", f"decode_b{batch}", "decode_step", step, _decode(batch), batch))
@@ -117,6 +124,7 @@ def _reached(row: Row, op: str, call: Call, joules: float | None, seconds: float
     launch_s, host_s = launches * profile.seconds["launches"], counts.host_launches * profile.host_s_per_launch
     if seconds and host_s > _HOST_BOUND * seconds:
         launch_s = host_s
+    device_s = float(counts.vector() @ [profile.seconds[name] for name in COUNTERS])
     one = dataclasses.replace(moe_layer(shape_of(row), call), launches=0.0)  # or a dense layer's feed-forward block
     expert_s = row["config"]["n_layer"] * float(one.vector() @ [profile.seconds[name] for name in COUNTERS])
     return Reached(
@@ -126,6 +134,7 @@ def _reached(row: Row, op: str, call: Call, joules: float | None, seconds: float
         bytes_per_s=_sum(counts, MEMORY) / seconds if seconds else None,
         launch_share=launch_s / seconds if seconds else None,
         expert_share=expert_s / seconds if seconds else None,
+        device_share=device_s / seconds if seconds else None,
     )
 
 
@@ -141,14 +150,15 @@ def _claims(study: Study, rows: Sequence[Row], base: Row, batches: Sequence[int]
             if one.joules is not None:
                 body.append([phase, names[trial_id], *_claim(one, plain, spread)])
     head = ("phase", "configuration", "joules over those of " + base["name"], "ms/step", "TFLOP/s", "TB/s",
-            "launches", "experts", "claim")  # fmt: skip
+            "launches", "experts", "device", "claim")  # fmt: skip
     return (
         "Beside each claim what was reached: operations and bytes counted from the model's shape and the width "
         "selected, experts open as a balanced router opens them, over the time (of prefill and decode in rows without "
-        "a rate: joules over the mean watts of the phase's samples). Launches, experts: what the profile gives to "
-        "starting a step's kernels and to its experts, over the step's time. No claim where launches take longer than "
-        "experts in either of the two; nor where joules differ by less than three times the A/A repeatability (of "
-        "training).\n\n"
+        "a rate: joules over the mean watts of the phase's samples). Launches, experts, device: what the profile gives "
+        "to starting a step's kernels, to its experts and to all that the device does, over the step's time; decoding "
+        "is the whole of `generate`, prompt included. No claim where the device's work is less than half of the time, "
+        "or launches take longer than experts, in either of the two; nor where joules differ by less than three times "
+        "the A/A repeatability (of training).\n\n"
         f"{markdown(head, body)}"
     )
 
@@ -157,11 +167,15 @@ def _claim(one: Reached, plain: Reached, spread: data.Spread | None) -> list[str
     ratio = one.joules / plain.joules if one.joules and plain.joules else None
     cells = [text(ratio, 3), text(_milli(one.seconds), 3)]
     cells += [text(rate and rate / 1e12, 2) for rate in (one.flops_per_s, one.bytes_per_s)]
-    cells += ["–" if share is None else f"{share:.0%}" for share in (one.launch_share, one.expert_share)]
+    cells += [
+        "–" if share is None else f"{share:.0%}" for share in (one.launch_share, one.expert_share, one.device_share)
+    ]
     if one is plain or ratio is None:
         return [*cells, ""]
     if one.launch_share is None or plain.launch_share is None or spread is None:
         return [*cells, "none: time or repeatability not known"]
+    if one.by_host or plain.by_host:
+        return [*cells, "none: the host, not the device"]
     if one.by_launches or plain.by_launches:
         return [*cells, "none: launches, not experts"]
     if abs(math.log(ratio)) <= 3 * spread.value:
