@@ -224,7 +224,7 @@ class Amortised:
 
     Attributes:
         balance_j: charged so far, less what updates took.
-        begun_j: the same right after the last update.
+        begun_j: the same after the window of the last update.
     """
 
     balance_j: float = 0.0
@@ -238,11 +238,10 @@ class Amortised:
             expected_j: joules of the next update.
             part: the window's work over that from one update to the next.
         """
-        balance = self.balance_j - update_j
-        begun = balance if update_j > 0 else self.begun_j
-        even = min(max(expected_j - begun, 0.0), 3 * expected_j) * part
-        charged = min(even, max(expected_j - balance, 0.0))
-        return Amortised(balance_j=balance + charged, begun_j=begun), charged
+        even = min(max(expected_j - self.begun_j, 0.0), 3 * expected_j) * part
+        charged = min(even, max(expected_j - self.balance_j + update_j, 0.0))
+        balance = self.balance_j + charged - update_j
+        return Amortised(balance_j=balance, begun_j=balance if update_j > 0 else self.begun_j), charged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
