@@ -145,7 +145,7 @@ class Bench:
             self.model,
             canary_BS=self.pool_NS[canary].to(self.device).long(),
             controller=controller,
-            settings=TTTSettings(**({"min_window_s": 0.5} | settings)),
+            settings=TTTSettings(**({"min_window_s": 0.5, "update_share": self.args.update_share} | settings)),
             forward=self.forward,
             canary_forward=self.canary_forward,
         )
@@ -201,7 +201,7 @@ class Bench:
             f"range {low:.4f} to {high:.4f} mJ/token: {1 - low / high:.1%}; adapting in it: {share:.2%}; a chunk"
             f" {1e3 * self.chunk_s:.1f} ms, an update {self.cost_ratio:.2f} chunks"
         )
-        cost = {"update_chunks": self.cost_ratio, "adapting_share": share}
+        cost = {"update_chunks": self.cost_ratio, "adapting_share": share, "update_share": self.args.update_share}
         self.results.keep("reach", {"points": table, "chunk_s": self.chunk_s, **cost})
         self.curve = [(row["j_per_token"], row["loss_nats"]) for row in table]
         return reach
@@ -410,6 +410,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=4, help="of each seed")
     parser.add_argument("--half", type=int, default=12, help="windows before a change")
+    parser.add_argument(
+        "--update-share", type=float, default=0.006, help="of the work: an update in each seed's windows"
+    )
     parser.add_argument("--dither", type=int, default=16)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the trial")
     return parser.parse_args()
