@@ -62,12 +62,14 @@ def _budgets(found: Found) -> str:
             str(len(one["pairs"])),
             _pm(one["raw"]),
             _pm(one["at_equal_joules"]),
+            _pm(one["at_equal_joules_static"]) if "at_equal_joules_static" in one else "–",
             f"{one['update_s'] / one['span_s']:.2%}",
         ]
         for share, one in sorted(kept.items())
     ]
     head = ("budget in the range", "budget, mJ/token", "windows", "mean of windows off by", "seeds",
-            "loss less static λ's, nat", "at equal joules, nat", "time of updates")  # fmt: skip
+            "loss less static λ's, nat", "at equal joules, nat",
+            "by static λ's around it, nat", "time of updates")  # fmt: skip
     return (
         "**Budgets**, stationary text, from the side of λ = 0. Static: the frozen router at the mean λ on the same "
         f"text, paired by seed, with 95 % intervals.\n\n{markdown(head, body)}"
@@ -77,13 +79,14 @@ def _budgets(found: Found) -> str:
 def _changes(found: Found) -> str:
     body = [
         [what, mode, *(f"{one[when]:+.2%}" if _known(one[when]) else "–" for when in ("before", "jump", "settled")),
+         text(one.get("settled_after"), 0),
          "yes" if one["infeasible"] else ""]
         for what in ("load", "text")
         for mode, one in found.get(f"{what} changes", {}).items()
     ]  # fmt: skip
     if not body:
         return ""
-    head = ("change of", "telemetry", "before", "right after", "at the end", "infeasible")
+    head = ("change of", "telemetry", "before", "right after", "at the end", "windows to settle", "infeasible")
     return (
         "**Changes** half-way, budget at 75 % of the range: how far off the budget. Replay: the controller hears what "
         f"was recorded before the change.\n\n{markdown(head, body)}"
@@ -115,9 +118,12 @@ def _load_chart(found: Found) -> tuple[Chart, ...]:
     if not modes:
         return ()
     lines, keys, most = list[Line](), list[Key](), list[float]()
+    before = max(len(one["first"]) for one in modes.values())
+    end = before + max(len(one["second"]) for one in modes.values())
     for i, (mode, one) in enumerate(modes.items()):
         values = [window["j_per_token"] for window in (*one["first"], *one["second"])]
-        known = [(at, 1e3 * value) for at, value in enumerate(values, 1) if _known(value)]
+        ahead = before - len(one["first"])  # a replay needs fewer: the change stands at one place
+        known = [(at, 1e3 * value) for at, value in enumerate(values, 1 + ahead) if _known(value)]
         look: dict[str, Any] = {"colour": 1 + 3 * i, "dash": i}
         lines.append(Line(x=[at for at, _ in known], y=[value for _, value in known], tip=mode, **look))
         keys.append(Key(label=mode, kind="line", **look))
@@ -125,7 +131,7 @@ def _load_chart(found: Found) -> tuple[Chart, ...]:
     if not most:
         return ()
     first = next(iter(modes.values()))
-    change, end = len(first["first"]) + 0.5, len(first["first"]) + len(first["second"])
+    change = before + 0.5
     lines.append(Line(x=(change, change), y=(min(most), max(most)), tip="load changes", strong=False))
     budget = first.get("budget_j")
     if budget:
@@ -135,8 +141,7 @@ def _load_chart(found: Found) -> tuple[Chart, ...]:
         Chart(
             id="load",
             title="A budget under a load that changes",
-            alt=f"Joules per token of {end} windows with a load added after window {len(first['first'])}: "
-            f"{' and '.join(modes)}.",
+            alt=f"Joules per token of {end} windows with a load added after window {before}: {' and '.join(modes)}.",
             x=Axis(title="window (1 s)", whole=True),
             y=Axis(title="energy (mJ/token)"),
             lines=tuple(lines),

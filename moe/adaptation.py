@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.budget import BudgetController
+from moe.budget import Amortised, BudgetController
 from moe.routers import EnergyRouter
 from moe.routing import Routing
 
@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 class HardwareFeedback:
     """What the hardware says of a span of work. Unknown is None.
 
-    `energy_j` are all joules of the span, adapting included; `modelled_j` the cost model's for the same work;
+    `energy_j` are all joules of the span, adapting included; `update_j` those of them that updates took, which the
+    controller then hears spread over the work until the next update; `modelled_j` the cost model's for the same work;
     `age_s` how old the reading is when it is handed over.
     """
 
@@ -46,6 +47,7 @@ class HardwareFeedback:
     temperature_c: float | None = None
     memory_fraction: float | None = None
     modelled_j: float | None = None
+    update_j: float | None = None
     age_s: float = 0.0
 
     def fault(self, max_age_s: float) -> str | None:
@@ -54,6 +56,8 @@ class HardwareFeedback:
             return "not finite"
         if self.energy_j <= 0 or self.tokens <= 0 or self.duration_s <= 0:
             return "not positive"
+        if self.update_j is not None and not 0 <= self.update_j <= self.energy_j:
+            return "of updates not within the whole"
         if not self.age_s <= max_age_s:
             return "stale"
         return None
@@ -69,6 +73,8 @@ class TTTSettings:
         kl_weight: β of KL(π ‖ π_trained).
         kl_step: largest KL of one step, any layer, nats per token. kl_total: of all steps together.
         canary_margin: nats by which the canary's loss may exceed the trained router's at the same λ.
+        learn_tokens: an update learns from so many tokens of the chunk, whole sequences and at least one; which ones
+            goes round. On chunks of 48 x 1024 an update then costs about as much as a chunk.
         update_share: largest share of the work that updates may be.
         min_window_s: feedback is gathered until it spans this long.
         max_age_s: older telemetry is stale.
@@ -81,6 +87,7 @@ class TTTSettings:
     kl_step: float = 1e-3
     kl_total: float = 0.05
     canary_margin: float = 0.01
+    learn_tokens: int = 6144
     update_share: float = 0.02
     min_window_s: float = 1.0
     max_age_s: float = 2.0
@@ -91,12 +98,14 @@ class TTTSettings:
 class TTTReport:
     """What one call of `ttt_update` did.
 
-    `j_per_token` is that of the window which this call completed, None where none was. `kl` is the largest KL of any
-    layer that the step made (0: no step). `events`: guards that acted, one word or two each.
+    `j_per_token` is that of the window which this call completed, None where none was; `heard_j_per_token` what the
+    controller heard of it, the joules of updates spread evenly. `kl` is the largest KL of any layer that the step made
+    (0: no step). `events`: guards that acted, one word or two each.
     """
 
     energy_lambda: float
     j_per_token: float | None = None
+    heard_j_per_token: float | None = None
     infeasible: bool = False
     updated: bool = False
     kl: float = 0.0
@@ -116,6 +125,9 @@ class TTTState:
     chunks: int
     cost_ratio: float
     pending: tuple[float, ...]
+    pending_update_j: float | None
+    amortised: Amortised
+    learn_from: int
     suspended: bool
 
 
@@ -157,6 +169,8 @@ class EnergyAwareTTTRouter:
         controller: of λ; None: no budget, λ stays.
         settings: see `TTTSettings`.
         forward: predicts in place of the model: `torch.compile(model)`, say.
+        canary_forward: the same for the canary, which has a shape of its own; one for all adapters of a model, where it
+            captures graphs.
 
     Raises:
         ValueError: a budget, or `keep_first`, for a router on which λ does not act. Routers on which it does, but which
@@ -171,8 +185,9 @@ class EnergyAwareTTTRouter:
         controller: BudgetController | None = None,
         settings: TTTSettings | None = None,
         forward: Callable[..., Any] | None = None,
+        canary_forward: Callable[..., Any] | None = None,
     ) -> None:
-        self.routers, self._forward = model.routers, forward or model
+        self.routers, self._forward, self._canary_forward = model.routers, forward or model, canary_forward or model
         self.settings = settings or TTTSettings()
         if controller is not None and not all(router.priced for router in self.routers):
             raise ValueError(f"router: expected one on which λ acts under a budget, got {model.config.router!r}")
@@ -182,10 +197,16 @@ class EnergyAwareTTTRouter:
         self.model, self.canary_BS, self.controller = model.eval(), canary_BS, controller
         self.seen_routing: tuple[Routing, ...] = ()
         self._names = [name for name, _ in model.named_buffers() if name.endswith("router.offset_E")]
-        self._null_E = torch.tensor([width == 0 for width in model.config.expert_widths])
+        null = [width == 0 for width in model.config.expert_widths]
+        device = self.routers[0].offset_E.device
+        self._null_E = torch.tensor(null, dtype=torch.float64, device=device) if any(null) and not all(null) else None
         self._null, self._trained_lambda = 0.0, model.config.energy_lambda
         self._seen_BS: Tensor | None = None
+        self._seen_as_is = False  # whether `seen_routing` is what the routers would do with that chunk now
         self._chunks, self._pending, self.suspended = 0, [0.0, 0.0, 0.0], False
+        self._pending_update_j: float | None = 0.0
+        self._amortised, self._chunk_tokens, self._learn_from = Amortised(), 0, 0
+        self._canary_trained: tuple[Any, float] | None = None
         self._cost_ratio = 3.0 + 2.0  # a forward and a backward, and the canary twice, in chunks; until measured
         self._kept_LE = self.offsets()
         for router in self.routers:
@@ -222,6 +243,7 @@ class EnergyAwareTTTRouter:
         """Put biases in force, [L, E]."""
         for router, offset_E in zip(self.routers, offset_LE, strict=True):
             router.offset_E.copy_(offset_E)
+        self._seen_as_is = False
 
     def state(self) -> TTTState:
         """What a request starts from; `restore` gives it back to the last bit."""
@@ -237,6 +259,9 @@ class EnergyAwareTTTRouter:
             chunks=self._chunks,
             cost_ratio=self._cost_ratio,
             pending=tuple(self._pending),
+            pending_update_j=self._pending_update_j,
+            amortised=self._amortised,
+            learn_from=self._learn_from,
             suspended=self.suspended,
         )
 
@@ -249,12 +274,15 @@ class EnergyAwareTTTRouter:
             vars(self.controller).update(state.controller | {"_recent": state.controller["_recent"].copy()})
         self._chunks, self._cost_ratio = state.chunks, state.cost_ratio
         self._seen_BS, self._pending, self.suspended = None, list(state.pending), state.suspended
+        self._pending_update_j, self._amortised = state.pending_update_j, state.amortised
+        self._learn_from = state.learn_from
 
     def reset(self) -> None:
         """The trained router, and the controller as new; still adapting, so that `keep_first` stays (see `close`)."""
         self.apply(torch.zeros_like(self._kept_LE))
         self._kept_LE, self._null, self.suspended = torch.zeros_like(self._kept_LE), 0.0, False
         self._seen_BS, self._chunks, self._pending = None, 0, [0.0, 0.0, 0.0]
+        self._pending_update_j, self._amortised, self._learn_from = 0.0, Amortised(), 0
         if self.controller is not None:
             self.controller.reset()
         self.model.set_energy_lambda(self._trained_lambda if self.controller is None else self.controller.energy_lambda)
@@ -268,11 +296,11 @@ class EnergyAwareTTTRouter:
         Nothing learns from a chunk before this: it is what `ttt_update` may look at afterwards. The loss is a tensor of
         its own; `seen_routing` may be the forward's and holds until the next `predict`, which overwrites it.
         """
-        self._seen_BS = ids_BS
+        self._seen_BS, self._chunk_tokens = ids_BS, ids_BS.numel()
         self._chunks += 1
         kwargs = {"labels": ids_BS, "use_cache": False, "output_routing": True, "skip_logits": True}
         output = self._forward(input_ids=ids_BS, **kwargs)
-        self.seen_routing = output.routing
+        self.seen_routing, self._seen_as_is = output.routing, True
         loss: Tensor = output.lm_loss.clone()  # a captured forward returns the same tensor every time
         return loss
 
@@ -285,6 +313,16 @@ class EnergyAwareTTTRouter:
     def update_due(self) -> bool:
         """Whether the next `ttt_update` learns, unless it is told not to."""
         return self._chunks >= self.update_every and self._seen_BS is not None and not self.suspended
+
+    @property
+    def cost_ratio(self) -> float:
+        """Cost of an update, in chunks: measured, see `note_cost`, or at first a guess on the safe side."""
+        return self._cost_ratio
+
+    @property
+    def cost_share(self) -> float:
+        """Updates over predicting, in work, as it is known by now: what they add to the joules per token."""
+        return self._cost_ratio / self.update_every
 
     def note_cost(self, ratio: float) -> None:
         """Measured cost of an update over that of a chunk."""
@@ -299,7 +337,7 @@ class EnergyAwareTTTRouter:
             update: learn now, or do not; None: when `update_every` chunks have gone by.
         """
         events: list[str] = []
-        measured = None if feedback is None else self._hear(feedback, events)
+        measured, heard = (None, None) if feedback is None else self._hear(feedback, events)
         kl, delta, updated = 0.0, None, False
         if self.update_due if update is None else update and self._seen_BS is not None and not self.suspended:
             self._chunks = 0
@@ -308,6 +346,7 @@ class EnergyAwareTTTRouter:
         return TTTReport(
             energy_lambda=float(self.model.config.energy_lambda),
             j_per_token=measured,
+            heard_j_per_token=heard,
             infeasible=self.controller is not None and self.controller.infeasible,
             updated=updated,
             kl=kl,
@@ -315,16 +354,20 @@ class EnergyAwareTTTRouter:
             events=tuple(events),
         )
 
-    def _hear(self, feedback: HardwareFeedback, events: list[str]) -> float | None:
-        """Gather a window; at its end move λ. Bad telemetry: the trained router, λ untouched, until good one comes."""
+    def _hear(self, feedback: HardwareFeedback, events: list[str]) -> tuple[float | None, float | None]:
+        """Gather a window; at its end move λ. Bad telemetry: the trained router, λ untouched, until good one comes.
+
+        Returns:
+            The joules per token of a window that is complete, and what the controller heard of it.
+        """
         fault = feedback.fault(self.settings.max_age_s)
         if fault is not None:
             events.append(f"telemetry {fault}")
-            self._pending = [0.0, 0.0, 0.0]
+            self._pending, self._pending_update_j = [0.0, 0.0, 0.0], 0.0
             if not self.suspended:
                 self._kept_LE, self.suspended = self.offsets(), True
                 self.apply(torch.zeros_like(self._kept_LE))
-            return None
+            return None, None
         if self.suspended:
             self.suspended = False
             self.apply(self._kept_LE)
@@ -332,50 +375,88 @@ class EnergyAwareTTTRouter:
         assert feedback.energy_j is not None
         energy, tokens, seconds = self._pending
         self._pending = [energy + feedback.energy_j, tokens + feedback.tokens, seconds + feedback.duration_s]
+        known = self._pending_update_j is not None and feedback.update_j is not None
+        self._pending_update_j = (self._pending_update_j or 0.0) + (feedback.update_j or 0.0) if known else None
         if self._pending[2] < self.settings.min_window_s:
-            return None
-        j_per_token = self._pending[0] / self._pending[1]
-        self._pending = [0.0, 0.0, 0.0]
+            return None, None
+        energy, tokens, _ = self._pending
+        heard = self._evened(energy, tokens, self._pending_update_j) / tokens
+        self._pending, self._pending_update_j = [0.0, 0.0, 0.0], 0.0
         if self.controller is not None:
             was = self.controller.infeasible
-            self.model.set_energy_lambda(self.controller.step(j_per_token))
+            self.model.set_energy_lambda(self.controller.step(heard))
+            self._seen_as_is = False
             if self.controller.infeasible != was:
                 events.append("feasible again" if was else "infeasible")
-        return j_per_token
+        return energy / tokens, heard
+
+    def _evened(self, energy_j: float, tokens: float, update_j: float | None) -> float:
+        """Joules of a window with those of its updates replaced by its part of the updates' mean."""
+        if update_j is None or not self._chunk_tokens or update_j >= energy_j:
+            return energy_j
+        chunk_j = (energy_j - update_j) / tokens * self._chunk_tokens
+        part = tokens / (self._chunk_tokens * self.update_every)
+        self._amortised, charged = self._amortised.window(update_j, expected_j=self._cost_ratio * chunk_j, part=part)
+        return energy_j - update_j + charged
 
     def _learn(self, events: list[str], j_per_token: float | None) -> tuple[float, float | None]:
-        """One step of the biases on the chunk seen last; returns its KL and the canary's difference in loss."""
+        """One step of the biases on the chunk seen last; returns its KL and the canary's difference in loss.
+
+        The device is asked twice: how the step came out, and what the canary says; more only on the way back from the
+        total cap.
+        """
         assert self._seen_BS is not None
-        before_LE = self.offsets()
-        grad_LE, logits = self._gradient(self._seen_BS, before_LE, j_per_token)
-        self._seen_BS = None
-        if not bool(torch.isfinite(grad_LE).all()):
-            events.append("gradient not finite")
-            return 0.0, None
-        tau = float(self.routers[0].temperature)
+        before_LE, tau = self.offsets(), float(self.model.config.router_temperature)
+        grad_LE, logits = self._gradient(self._part(self._seen_BS), before_LE, j_per_token)
         step_LE, null_step = self._direction(grad_LE, logits, tau)
+        if self._seen_as_is:  # capped on the whole chunk, not on the part alone that is learnt from
+            logits = [routing.logits_TE for routing in self.seen_routing]
+        self._seen_BS = None
         trained = [z_TE - b_E for z_TE, b_E in zip(logits, before_LE, strict=True)]
         scale, kl = self._capped(step_LE, logits, self.settings.kl_step, tau)
         after_LE = before_LE + scale * step_LE
         shrink, _ = self._capped(after_LE, trained, self.settings.kl_total, tau)
-        if shrink < 1:  # as far from the trained router as allowed: come back, a retreat if need be
+        finite, kl_found, shrunk, null = _read(
+            torch.isfinite(torch.cat([grad_LE, step_LE])).all(), kl, shrink, shrink * (self._null + scale * null_step)
+        )
+        if not finite:
+            events.append("gradient not finite")
+            return 0.0, None
+        if shrunk < 1:  # as far from the trained router as allowed: come back, a retreat if need be
             events.append("total KL cap")
             after_LE = shrink * after_LE
-            kl = float(_kl_L(after_LE - before_LE, logits, tau).max())
-            if kl > self.settings.kl_step:
-                shrink, _ = self._capped(before_LE, trained, self.settings.kl_total, tau)
-                part, kl = self._capped((shrink - 1) * before_LE, logits, self.settings.kl_step, tau)
-                scale, shrink = 0.0, 1 - part * (1 - shrink)  # the rest of the way is for the next updates
-                after_LE = shrink * before_LE
+            kl_found = float(_kl_L(after_LE - before_LE, logits, tau).max())
+            if kl_found > self.settings.kl_step:
+                after_LE, kl_found, null = self._retreat(before_LE, logits, trained, tau)
         self.apply(after_LE)
-        self._null = shrink * (self._null + scale * null_step)
+        self._null = null
         delta = self._canary_delta(after_LE)
         if not delta <= self.settings.canary_margin:
             events.append("canary revert")
             self.apply(torch.zeros_like(after_LE))
             self._null = 0.0
         self._kept_LE = self.offsets()
-        return kl, delta
+        return kl_found, delta
+
+    def _retreat(
+        self, before_LE: Tensor, logits: list[Tensor], trained: list[Tensor], tau: float
+    ) -> tuple[Tensor, float, float]:
+        """Biases as far back towards the total cap as a step may go, its KL, and the null bias; the rest of the way is
+        for the next updates."""
+        shrink, _ = self._capped(before_LE, trained, self.settings.kl_total, tau)
+        part, kl = self._capped((shrink - 1) * before_LE, logits, self.settings.kl_step, tau)
+        left = 1 - part * (1 - shrink)
+        found, kept = _read(kl, left)
+        return left * before_LE, found, kept * self._null
+
+    def _part(self, ids_BS: Tensor) -> Tensor:
+        """The sequences of a chunk to learn from; the next update takes those after them."""
+        batch, length = ids_BS.shape
+        count = min(batch, max(1, self.settings.learn_tokens // length))
+        if count == batch:
+            return ids_BS
+        first, self._learn_from = self._learn_from % batch, (self._learn_from + count) % batch
+        return ids_BS.roll(-first, dims=0)[:count]
 
     def _gradient(self, ids_BS: Tensor, offset_LE: Tensor, j_per_token: float | None) -> tuple[Tensor, list[Tensor]]:
         """∂(loss + μ·Ê/B + β·KL)/∂b, [L, E], and the logits of every layer, detached."""
@@ -406,42 +487,75 @@ class EnergyAwareTTTRouter:
             terms.append((now_TE.exp() * (now_TE - trained_TE)).sum(-1).mean())
         return torch.stack(terms).mean()
 
-    def _direction(self, grad_LE: Tensor, logits: list[Tensor], tau: float) -> tuple[Tensor, float]:
+    def _direction(self, grad_LE: Tensor, logits: list[Tensor], tau: float) -> tuple[Tensor, Tensor]:
         """The natural-gradient step of the biases, and of the null experts' common one, before any cap."""
         fishers = torch.stack([_fisher(z_TE, tau) for z_TE in logits])
         damping = 1e-2 * fishers.diagonal(dim1=-2, dim2=-1).mean() + 1e-6
-        eye_EE = torch.eye(grad_LE.shape[1], device=grad_LE.device, dtype=fishers.dtype)
-        natural_LE = torch.linalg.solve(fishers + damping * eye_EE, grad_LE.to(fishers.dtype)[..., None])[..., 0]
+        grad_LE = grad_LE.to(fishers.dtype)
+        eye_EE = torch.eye(grad_LE.shape[1], device=fishers.device, dtype=fishers.dtype)
+        # `solve_ex` does not wait for the device to say that it worked; what is not finite is found with the gradient
+        natural_LE = torch.linalg.solve_ex(fishers + damping * eye_EE, grad_LE[..., None]).result[..., 0]
         rate = self.settings.learning_rate
-        step_LE, null_step = -rate * natural_LE, 0.0
-        if bool(self._null_E.any()) and not bool(self._null_E.all()):
-            null_E = self._null_E.to(grad_LE.device, fishers.dtype)
-            curvature = float((null_E @ fishers @ null_E).sum() + damping)
-            null_step = -rate * float((grad_LE.to(fishers.dtype) @ null_E).sum()) / curvature
-            step_LE = (step_LE + null_step * null_E) / 2  # each direction takes half
-            null_step /= 2
-        return (step_LE - step_LE.mean(dim=-1, keepdim=True)).to(grad_LE.dtype), null_step
+        step_LE, null_step = -rate * natural_LE, damping.new_zeros(())
+        if self._null_E is not None:
+            null_E = self._null_E.to(fishers)
+            curvature = (null_E @ fishers @ null_E).sum() + damping
+            null_step = -rate * (grad_LE @ null_E).sum() / curvature / 2  # each direction takes half
+            step_LE = step_LE / 2 + null_step * null_E
+        return (step_LE - step_LE.mean(dim=-1, keepdim=True)).float(), null_step
 
-    def _capped(self, step_LE: Tensor, logits: list[Tensor], cap: float, tau: float) -> tuple[float, float]:
-        """The largest factor ≤ 1 (of those tried) with which no layer's KL exceeds the cap, and that KL."""
-        scale = 1.0
-        for _ in range(60):
-            kl = float(_kl_L(scale * step_LE, logits, tau).max())
-            if kl <= cap:
-                return scale, kl
-            scale *= min(0.9, 0.95 * math.sqrt(cap / kl)) if math.isfinite(kl) else 0.1
-        return 0.0, 0.0
+    def _capped(self, step_LE: Tensor, logits: list[Tensor], cap: float, tau: float) -> tuple[Tensor, Tensor]:
+        """The largest factor ≤ 1 (of those tried) with which no layer's KL exceeds the cap, and that KL; on the device.
+
+        Along a ray the KL only grows: factors an octave apart first, then 16 in the octave that was found.
+        """
+        step_LE = step_LE.double()
+        octaves = torch.exp2(-torch.arange(64, device=step_LE.device, dtype=torch.float64))
+        scale, _ = _largest(octaves, _kl_of(octaves, step_LE, logits, tau), cap)
+        finer = (scale * torch.exp2(torch.arange(15, -1, -1, device=octaves.device, dtype=octaves.dtype) / 16)).clamp(
+            max=1.0
+        )
+        return _largest(finer, _kl_of(finer, step_LE, logits, tau), cap)
 
     @torch.no_grad()
     def _canary_delta(self, offset_LE: Tensor) -> float:
-        """Loss of the canary with the biases, less that of the trained router at the same λ; inf if not finite."""
-        losses = []
-        for biases_LE in (torch.zeros_like(offset_LE), offset_LE):
-            self.apply(biases_LE)
-            kwargs = {"labels": self.canary_BS, "use_cache": False, "skip_logits": True}
-            losses.append(float(self.model(input_ids=self.canary_BS, **kwargs).lm_loss))
-        delta = losses[1] - losses[0]
+        """Loss of the canary with the biases, less that of the trained router at the same λ; inf if not finite.
+
+        The latter is known from before, as long as nothing of λ, τ and prices has changed.
+        """
+        now = self._canary_loss()
+        routers = ((id(r.join_E), r.join_E._version, id(r.open_E), r.open_E._version) for r in self.routers)
+        key = (self.model.config.energy_lambda, self.model.config.router_temperature, *routers)
+        if self._canary_trained is None or self._canary_trained[0] != key:
+            self.apply(torch.zeros_like(offset_LE))
+            loss, trained = _read(now, self._canary_loss())
+            self.apply(offset_LE)
+            self._canary_trained = (key, trained)
+        else:
+            (loss,) = _read(now)
+        delta = loss - self._canary_trained[1]
         return delta if math.isfinite(delta) else math.inf
+
+    def _canary_loss(self) -> Tensor:
+        """On the device; a tensor of its own."""
+        output = self._canary_forward(
+            input_ids=self.canary_BS, labels=self.canary_BS, use_cache=False, skip_logits=True
+        )
+        loss: Tensor = output.lm_loss.clone()
+        return loss
+
+
+def _read(*values: Tensor) -> list[float]:
+    """Numbers from the device, all at once: what waits for it, waits once."""
+    found: list[float] = torch.stack([value.double() for value in values]).tolist()
+    return found
+
+
+def _largest(scale_N: Tensor, kl_N: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """The largest of some factors whose KL is within the cap, and that KL; 0 and 0 where none is."""
+    beyond_N = ~(kl_N <= cap)  # what is not a number is not within it
+    scale = scale_N.masked_fill(beyond_N, 0.0).max()
+    return scale, kl_N.masked_fill(beyond_N | (scale_N != scale), 0.0).max()
 
 
 def _expected_price(routings: tuple[Routing, ...]) -> Tensor:
@@ -468,3 +582,18 @@ def _kl_L(step_LE: Tensor, logits: list[Tensor], tau: float) -> Tensor:
         new_TE = ((z_TE.double() + step_E.double()) / tau).log_softmax(-1)
         found.append((old_TE.exp() * (old_TE - new_TE)).sum(-1).mean())
     return torch.stack(found)
+
+
+def _kl_of(scale_N: Tensor, step_LE: Tensor, logits: list[Tensor], tau: float) -> Tensor:
+    """The largest KL of any layer at each of many factors of a step, [N]; not a number where it cannot be told.
+
+    KL(p ‖ p·e^d/Σ p·e^d) = log Σ p·e^d − Σ p·d: a product of matrices for all factors at once. Every d is taken off
+    its largest, so that no power overflows.
+    """
+    found = []
+    for step_E, z_TE in zip(step_LE, logits, strict=True):
+        p_TE = (z_TE.double() / tau).softmax(-1)
+        d_EN = (step_E.double() - step_E.double().max())[:, None] / tau * scale_N
+        kl_N = (p_TE @ d_EN.exp()).log().mean(0) - p_TE.mean(0) @ d_EN
+        found.append(kl_N.masked_fill(~torch.isfinite(kl_N), torch.nan))
+    return torch.stack(found).max(dim=0).values  # nan wins

@@ -69,11 +69,30 @@ class Reach:
     def slope_at(self, budget_j: float) -> float:
         """−dE/dλ near the budget, joules per nat: of the measured points on both sides of it, never less than a fifth
         of the mean slope, so that a flat stretch does not make a wild controller."""
-        mean = (self.most_j - self.least_j) / self.lambdas[-1]
         here = self.lambda_at(budget_j)
         at = min(max(1, sum(x <= here for x in self.lambdas)), len(self.lambdas) - 1)
+        mean = (self.most_j - self.least_j) / self.lambdas[-1]
         local = (self.energy_j[at - 1] - self.energy_j[at]) / (self.lambdas[at] - self.lambdas[at - 1])
         return max(local, mean / 5)
+
+    def saving(self, energy_lambda: float, share: float) -> float:
+        """The λ that takes a share fewer joules than this one (more, where the share is negative).
+
+        The measured curve is followed stretch by stretch, each at its own slope and none at less than a fifth of the
+        mean one; beyond its end the last goes on. It is log E that is followed: what a load changes, it changes at
+        every λ in nearly the same proportion.
+        """
+        least = max(math.log(self.most_j / self.least_j), 1e-9) / self.lambdas[-1] / 5
+        depth, points = [0.0], list(zip(self.lambdas, self.energy_j, strict=True))
+        for (low, above), (high, below) in itertools.pairwise(points):
+            depth.append(depth[-1] + max(math.log(above / below), least * (high - low)))
+        return _along(depth, self.lambdas, _along(self.lambdas, depth, energy_lambda) + share)
+
+
+def _along(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Straight lines through points of rising x; the first and the last go on beyond the ends."""
+    at = min(max(1, sum(known <= x for known in xs)), len(xs) - 1)
+    return ys[at - 1] + (ys[at] - ys[at - 1]) * (x - xs[at - 1]) / (xs[at] - xs[at - 1])
 
 
 def falling(values: Sequence[float]) -> tuple[float, ...]:
@@ -109,12 +128,16 @@ class BudgetController:
 
     Increments of a clipped λ cannot wind up. λ belongs to this object alone.
 
+    With the measured range the gains follow λ: an increment is what it would be at the budget, in joules, and λ moves
+    by as much as the measured curve asks for that from where λ is now. An error that is beyond the tolerance in two
+    windows running, on one side, is a disturbance and no noise: what of it exceeds the tolerance is made good at once.
+
     Args:
         budget_j: B, joules per token, adapting included.
         gains: see `Gains.of`.
         start: the first λ.
-        reach: the measured range, by which a budget out of reach is known before λ has got to its end: what a load or
-            a temperature changes, it changes at every λ in nearly the same proportion.
+        reach: the measured range; None: gains as they are, everywhere. By it a budget out of reach is known before λ
+            has got to its end, too.
     """
 
     PATIENCE = 16
@@ -149,10 +172,24 @@ class BudgetController:
         before, gains = self.xi, self.gains
         self.xi = gains.memory * before + (1 - gains.memory) * error
         self._recent.append((error, self.energy_lambda))
-        moved = self.energy_lambda + gains.integral * error + gains.proportional * (self.xi - before)
+        moved = self._moved(gains.integral * error + gains.proportional * (self.xi - before))
         self.energy_lambda = min(max(moved, 0.0), gains.lambda_max)
         self.infeasible = self._is_infeasible()
         return self.energy_lambda
+
+    def _moved(self, nats: float) -> float:
+        """λ after an increment that is meant for the slope at the budget."""
+        if self.reach is None:
+            return self.energy_lambda + nats
+        per_nat = max(self.reach.slope_at(self.budget_j), 1e-12) / self.budget_j
+        speed = min(self.gains.integral * per_nat, 1.0)
+        return self.reach.saving(self.energy_lambda, nats * per_nat + (1 - speed) * self._disturbance())
+
+    def _disturbance(self) -> float:
+        """What the last two errors agree to be beyond the tolerance; 0 where they do not."""
+        last = [error for error, _ in self._recent][-2:]
+        size = min(map(abs, last)) - TOLERANCE
+        return math.copysign(size, last[-1]) if len(last) == 2 and last[0] * last[1] > 0 and size > 0 else 0.0
 
     def _is_infeasible(self) -> bool:
         """Over the budget where no λ keeps it, although λ is as high as it goes, or rose for long without effect."""
@@ -174,6 +211,37 @@ class BudgetController:
         recent = list(self._recent)[-8:]
         scale = sum(self.budget_j * (1 + e) / reach.energy_at(x) for e, x in recent) / len(recent)
         return scale * reach.least_j
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Amortised:
+    """Joules of updates, charged evenly over the work until the next one: a controller that heard them in lumps would
+    move λ after every update and back again.
+
+    A window is charged its part of what the next update is expected to cost; what an update really cost is made up for
+    in the interval after it, at three times the usual charge at most. Never more than one update is charged in advance,
+    so that the mean of the charges is that of the joules.
+
+    Attributes:
+        balance_j: charged so far, less what updates took.
+        begun_j: the same after the window of the last update.
+    """
+
+    balance_j: float = 0.0
+    begun_j: float = 0.0
+
+    def window(self, update_j: float, *, expected_j: float, part: float) -> tuple[Amortised, float]:
+        """Take one window; returns what comes after it, and the joules that it is charged.
+
+        Args:
+            update_j: joules of its updates.
+            expected_j: joules of the next update.
+            part: the window's work over that from one update to the next.
+        """
+        even = min(max(expected_j - self.begun_j, 0.0), 3 * expected_j) * part
+        charged = min(even, max(expected_j - self.balance_j + update_j, 0.0))
+        balance = self.balance_j + charged - update_j
+        return Amortised(balance_j=balance, begun_j=balance if update_j > 0 else self.begun_j), charged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

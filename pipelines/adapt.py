@@ -87,9 +87,11 @@ class Adaptation:
         self._weigh_opening()
         if loaded.hardware.dtype == "bf16":  # nothing is trained but biases, which stay float32
             loaded.model.to(torch.bfloat16)
-        self.forward = None
+        self.forward = self.canary_forward = None
         if loaded.hardware.compile:
             self.forward = CapturedForward(loaded.model, compiled_forward(loaded.model))
+            self.canary_forward = CapturedForward(loaded.model, loaded.model)  # of one shape: not worth compiling
+        self.cost_ratio: float | None = None  # of an update, once the range has been measured
         self.cost_model = CostModel.for_device(loaded.hardware.gpu_name, loaded.hardware.power_limit_w)
         self.shape = model_shape(loaded.model.config, loaded.hardware)
         known = loaded.hardware.compile and loaded.hardware.gpu_name is not None and not self.cost_model.analytic
@@ -108,8 +110,11 @@ class Adaptation:
         canary_BS = loaded.corpus.splits["validation"].blocks_NS[:CANARY_BLOCKS].to(device).long()
         settings = dataclasses.replace(plan.settings, min_window_s=min(plan.settings.min_window_s, plan.window_s))
         ttt = EnergyAwareTTTRouter(
-            loaded.model, canary_BS=canary_BS, controller=controller, settings=settings, forward=self.forward
-        )
+            loaded.model, canary_BS=canary_BS, controller=controller, settings=settings, forward=self.forward,
+            canary_forward=self.canary_forward,
+        )  # fmt: skip
+        if self.cost_ratio is not None:
+            ttt.note_cost(self.cost_ratio)
         on_gpu = device.type == "cuda"
         return Stream(
             ttt,
@@ -128,8 +133,9 @@ class Adaptation:
         with stream.ttt:
             list(stream.run(2, tell=False))
             reach, _ = measure_reach(stream, REACH_LAMBDAS, windows=self.plan.reach_windows)
+            adapting, self.cost_ratio = stream.ttt.cost_share, stream.ttt.cost_ratio
         word = "modelled " if self.monitor.source == "modelled" else ""
-        self.say(f"{word}joules per token over λ, as measured (made to fall):")
+        self.say(f"{word}joules per token over λ, as measured (made to fall), with {adapting:.1%} more for adapting:")
         for energy_lambda, energy in zip(reach.lambdas, reach.energy_j, strict=True):
             self.say(f"  λ {energy_lambda:6.3g}   {1e3 * energy:.4g} mJ/token")
         self.say(f"reachable: {1e3 * reach.least_j:.4g} to {1e3 * reach.most_j:.4g} mJ/token")

@@ -61,8 +61,12 @@ class Window:
     def update_energy_j(self) -> float | None:
         """Joules of the updates: the window's, by their share of its time. A counter that steps every 0.1 s cannot
         tell one update from the chunks beside it."""
-        energy, duration_s = self.measurement.energy_j, self.measurement.duration_s
-        return None if energy is None or duration_s <= 0 else energy * min(1.0, self.update_s / duration_s)
+        return _update_energy_j(self.measurement, self.update_s)
+
+
+def _update_energy_j(measured: Measurement, update_s: float) -> float | None:
+    energy, duration_s = measured.energy_j, measured.duration_s
+    return None if energy is None or duration_s <= 0 else energy * min(1.0, update_s / duration_s)
 
 
 @dataclasses.dataclass
@@ -156,11 +160,12 @@ class Stream:
         self.ttt.restore(state)
         self.ttt.note_cost(ratio)
 
-    def run(self, windows: int, *, tell: bool = True) -> Iterator[Window]:
+    def run(self, windows: int, *, tell: bool = True, learn: bool = True) -> Iterator[Window]:
         """So many windows, each yielded once its joules are known, which is a moment into the next one.
 
         Args:
             tell: let the controller hear of them; else λ stays.
+            learn: update the biases when it is time to; else they stay.
         """
         waiting: tuple[EnergyWindow, dict[str, Any], float] | None = None
         for _ in range(windows):
@@ -171,7 +176,7 @@ class Stream:
                 while (elapsed_s := time.monotonic() - start_s) < self.window_s or not fields["tokens"]:
                     if waiting is not None and elapsed_s >= min(SETTLE_S, self.window_s / 2):
                         done, waiting = self._end(*waiting, tell=tell), None
-                    self._step(fields)
+                    self._step(fields, learn)
                 if waiting is not None:
                     done, waiting = self._end(*waiting, tell=tell), None
             if done is not None:
@@ -196,7 +201,7 @@ class Stream:
             "counts": self.counts,
         }
 
-    def _step(self, fields: dict[str, Any]) -> None:
+    def _step(self, fields: dict[str, Any], learn: bool) -> None:
         """Predict a chunk; learn from it if it is time to, and measure what learning takes beside predicting."""
         start_s = time.monotonic()
         chunk_BS = self.chunk()
@@ -205,11 +210,11 @@ class Stream:
         fields["loss"] += loss.double() * chunk_BS.numel()  # on the device: nothing waits for it before the window ends
         fields["tokens"] += chunk_BS.numel()
         self.pace.wait()
-        if self.ttt.update_due:
+        if learn and self.ttt.update_due:
             self.synchronize()
         predicted_s = time.monotonic()
         fields["chunk_s"].append(predicted_s - start_s)
-        report = self.ttt.ttt_update()
+        report = self.ttt.ttt_update(update=None if learn else False)
         fields["events"] += report.events
         if report.updated or report.canary_delta is not None:
             self.synchronize()
@@ -233,6 +238,7 @@ class Stream:
             duration_s=measured.duration_s,
             power_w=measured.mean_power_w,
             temperature_c=measured.mean_temperature_c,
+            update_j=_update_energy_j(measured, fields["update_s"]),
             age_s=max(0.0, time.monotonic() - end_s),
             **known,
         )
@@ -272,7 +278,12 @@ class Stream:
 def measure_reach(stream: Stream, lambdas: Sequence[float], *, windows: int = 2) -> tuple[Reach, list[Window]]:
     """Joules per token at each λ, the first of which is 0; the controller hears nothing of it.
 
-    Every λ runs one window to warm up and then `windows` more.
+    Every λ runs one window to warm up and then `windows` more. Nothing learns meanwhile: an update falls into the
+    windows of one λ and not of another. What adapting is expected to add, by the measured cost of an update
+    (`cost_share`, at the watts of predicting), is added to all: a budget holds with adapting in it.
+
+    Returns:
+        The range, adapting included, and the windows as they were measured.
 
     Raises:
         ValueError: joules cannot be measured here.
@@ -283,7 +294,7 @@ def measure_reach(stream: Stream, lambdas: Sequence[float], *, windows: int = 2)
     try:
         for energy_lambda in lambdas:
             model.set_energy_lambda(energy_lambda)
-            here = list(stream.run(windows + 1, tell=False))[1:]
+            here = list(stream.run(windows + 1, tell=False, learn=False))[1:]
             joules = [w.measurement.energy_j for w in here]
             if any(j is None for j in joules):
                 raise ValueError("energy: expected joules of every window, got none: nothing can be measured here")
@@ -291,7 +302,8 @@ def measure_reach(stream: Stream, lambdas: Sequence[float], *, windows: int = 2)
             found += here
     finally:
         model.set_energy_lambda(before)
-    return Reach(lambdas=tuple(lambdas), energy_j=tuple(energies)), found
+    adapting = 1 + stream.ttt.cost_share
+    return Reach(lambdas=tuple(lambdas), energy_j=tuple(adapting * energy for energy in energies)), found
 
 
 def _memory_bytes(devices: Sequence[Any]) -> int | None:

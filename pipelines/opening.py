@@ -16,14 +16,18 @@ import torch
 from hwcost import CostModel
 from hwcost.cost_model import Conditions
 from hwcost.ops import Counts, ModelShape
-from moe.opening import open_sets
+from moe.opening import EXACT_EXPERTS, open_sets
 
 MAX_SHARE = 0.1
 """Largest share of a decode step's time that choosing may take."""
-SCORE_STD = 1.0
-"""Spread of a token's scores over the experts, nats, that is assumed of a gate not yet trained: an expert is closed
-where the scores that its tokens lose come to less than λ·open_e, so that a sharper gate closes fewer."""
-DRAWN_TOKENS = 4096
+SCORE_STD, POPULARITY_STD = 1.5, 1.0
+"""Spread of scores that is assumed of a gate not yet trained, nats: of each token's about an expert's mean, and of
+these means. An expert is closed where the scores that its tokens lose come to less than λ·open_e: a sharper gate closes
+fewer, one with unpopular experts more. Fitted to the experts that a trained gate opened and closed at batches 8, 32 and
+128 (docs/routing.md): within a quarter of one expert."""
+SET_S = 2.4e-10
+"""Seconds that one set takes for one sequence of a layer, beyond the launches: measured at batches 8 and 128."""
+DRAWN_TOKENS = 32_768
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ def opening_case(
     """Weigh the sets of a decode step at a price.
 
     Choosing takes time at the mean power of the step that it lengthens: its kernels of microseconds give the board no
-    rest.
+    rest. Where every set is tried, that takes longer the more sequences there are.
 
     Args:
         batch: sequences. cached: tokens in the cache of each.
@@ -99,7 +103,9 @@ def opening_case(
     step_j, step_s = step(plain)
     least_j, _ = step(chosen)
     choosing = Counts(launches=float(launches * shape.num_moe_layers))
+    tried = 2**shape.num_experts if shape.num_experts <= EXACT_EXPERTS and launches else 0
     choosing_s = cost_model.breakdown_of(choosing, Conditions(extrapolate=True)).duration_s
+    choosing_s += SET_S * tried * batch * shape.num_moe_layers
     return OpeningCase(
         batch=batch,
         energy_lambda=energy_lambda,
@@ -117,13 +123,14 @@ def expected_open(
 ) -> tuple[float, float]:
     """Experts that a layer opens at a position of `batch` sequences: by plain priced top-k, and by the router's sets.
 
-    Both by the router's own search on normal scores of spread `SCORE_STD`, always the same ones. In experts of the mean
-    width, as the cost model counts them: a null expert counts nothing.
+    Both by the router's own search on normal scores, always the same ones; every position stands for a gate of its own.
+    In experts of the mean width, as the cost model counts them: a null expert counts nothing.
     """
     generator = torch.Generator().manual_seed(0)
-    positions = min(256, max(16, DRAWN_TOKENS // batch))
+    positions = min(256, max(64, DRAWN_TOKENS // batch))
+    popular_SE = POPULARITY_STD * torch.randn(positions, shape.num_experts, generator=generator)
     drawn_BSE = torch.randn(batch, positions, shape.num_experts, generator=generator)
-    score_BSE = SCORE_STD * drawn_BSE - energy_lambda * torch.tensor(join, dtype=torch.float32)
+    score_BSE = popular_SE + SCORE_STD * drawn_BSE - energy_lambda * torch.tensor(join, dtype=torch.float32)
     chosen_BSK = score_BSE.topk(shape.top_k, dim=-1).indices
     plain_SE = torch.zeros_like(score_BSE).scatter(-1, chosen_BSK, 1.0).amax(dim=0)
     sets_SE = open_sets(score_BSE, energy_lambda * torch.tensor(open_, dtype=torch.float32), shape.top_k)

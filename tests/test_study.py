@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,7 +140,7 @@ def at_test_time(folder: Path) -> None:
     def windows(*millijoules: float | None) -> list[dict[str, Any]]:
         return [{"j_per_token": value and value / 1e3} for value in millijoules]
 
-    change = {"budget_j": 1.1e-3, "before": 0.001, "infeasible": False, "first": windows(1.1, 1.1)}
+    change = {"budget_j": 1.1e-3, "before": 0.001, "jump": 0.08, "infeasible": False, "first": windows(1.1, 1.1)}
     kept = {"budget_j": 1.1e-3, "off": -0.0021, "spread": [1.1e-3] * 20, "pairs": [{}] * 5, "raw": [0.0012, 0.0005]}
     point = {"energy_lambda": 4.0, "j_per_token": 0.9e-3, "loss_nats": 3.5, "width": 2000.0}
     price = {
@@ -155,8 +158,8 @@ def at_test_time(folder: Path) -> None:
         "budget 0.75": {**kept, "at_equal_joules": [0.0003, math.nan], "update_s": 0.2, "span_s": 20.0},
         "budget 0.25 failed": "Traceback",
         "load changes": {
-            "feedback": {**change, "jump": 0.08, "settled": 0.004, "second": windows(1.2, None, 1.1)},
-            "replay": {**change, "jump": 0.08, "settled": 0.081, "second": windows(1.2, 1.2, 1.2)},
+            "feedback": {**change, "settled": 0.004, "settled_after": 2, "second": windows(1.2, None, 1.1)},
+            "replay": {**change, "first": windows(1.1), "settled": 0.081, "second": windows(1.2, 1.2, 1.2)},
         },
         "prices": {"profile": "synthetic", "analytic": False, "windows": 30, "prices": [price]},
     }  # fmt: skip
@@ -256,16 +259,17 @@ def test_budgets_changes_and_prices_come_from_the_benchmark_beside_the_data(whol
     text = study.page(found, study.sections(found))
     assert "Model: the study's dense model, 4.0 M tokens with energy" in text
     assert "0.9000 to 1.2000 mJ/token (25.0%)" in text
-    assert "| 75% | 1.1000 | 20 | -0.21% | 5 | +0.00120 ± 0.00050 | +0.00030 | 1.00% |" in text
-    assert "| load | replay | +0.10% | +8.00% | +8.10% |  |" in text
+    assert "| 75% | 1.1000 | 20 | -0.21% | 5 | +0.00120 ± 0.00050 | +0.00030 | – | 1.00% |" in text
+    assert "| load | feedback | +0.10% | +8.00% | +0.40% | 2 |  |" in text
+    assert "| load | replay | +0.10% | +8.00% | +8.10% | – |  |" in text
     assert "| join 3072 | 5.000 | 6.000 | – to 9.000 | no |" in text
     assert "Broke off: budget 0.25." in text
     chart = next(figure for section in study.sections(found) for figure in section.figures if figure.id == "load")
     assert isinstance(chart, Chart)
     assert [list(line.x) for line in chart.lines[:2]] == [
         [1, 2, 3, 5],
-        [1, 2, 3, 4, 5],
-    ]  # an unmeasured window is left out
+        [2, 3, 4, 5],
+    ]  # an unmeasured window is left out, and the change stands at one place
     assert "| topk, K=2 | topk | 32 | 3.5000 | 6.50 | 2.000 ± 0.020 | 0.700 |" in text
     assert "+7.0% joules, +10.0% time at batch 32 (topk)" in text
 
@@ -445,3 +449,24 @@ def test_package_text_goes_whole_into_one_split_and_once(tmp_path: Path) -> None
     small = pq.read_table(tmp_path / "small.parquet").to_pylist()
     assert small[1:] == rows[1 : len(small)]
     assert sum(len(row["text"]) for row in small[1:]) <= 5000
+
+
+def test_windows_until_a_budget_is_kept_and_a_curve_through_three_points() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as a program it finds its neighbours there
+    try:
+        adapt = importlib.import_module("benchmarks.adapt")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+    def windows(*errors: float) -> list[Any]:
+        return [
+            SimpleNamespace(measurement=SimpleNamespace(energy_j=1000 * (1 + error)), tokens=1000) for error in errors
+        ]
+
+    assert adapt.settled_after(windows(0.1, 0.05, *[0.01, -0.01] * 4), 1.0) == 2
+    assert adapt.settled_after(windows(*[0.01, -0.01] * 4), 1.0) == 0
+    assert adapt.settled_after(windows(*[0.0] * 6, *[0.03] * 4), 1.0) is None
+    curve = [(x, 3 * (x - 1.0) ** 2) for x in (0.98, 0.99, 1.01)]
+    assert adapt.parabola(curve, 1.0) == pytest.approx(0.0)
+    assert math.isnan(adapt.parabola([(1.0, 0.0), (1.0001, 0.1), (1.02, 0.2)], 1.01))
+    assert math.isnan(adapt.parabola(curve, 1.1))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe import BudgetController, EnergyAwareTTTRouter, Gains, HardwareFeedback, MoEGPT2LMHeadModel, TTTSettings
 from moe.adaptation import _kl_L
@@ -366,3 +367,159 @@ def test_many_updates_on_stationary_text_do_not_drift(tiny: Build) -> None:
         ttt.predict(text(2, 16, chunk))
         ttt.ttt_update(update=True)
     assert float(ttt.predict(held_out)) - frozen < 0.005
+
+
+# What an update costs
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes a host wait for its device: numbers asked for one by one, or as lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+class Forwards:
+    """The model's forward, and how many tokens each call saw; the host's waits inside it are not counted."""
+
+    def __init__(self, ttt: EnergyAwareTTTRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tokens: dict[str, list[int]] = {"predicting": [], "learning": [], "canary": []}
+        self.lists, inside, plain, tolist = 0, ttt.model.forward, ttt.model, Tensor.tolist
+
+        def counted(name: str) -> Callable[..., Any]:
+            def forward(**kwargs: Any) -> Any:
+                self.tokens[name].append(kwargs["input_ids"].numel())
+                return inside(**kwargs)
+
+            return forward
+
+        def listed(tensor: Tensor) -> Any:
+            self.lists += 1
+            return tolist(tensor)
+
+        monkeypatch.setattr(ttt, "_forward", counted("predicting"))
+        monkeypatch.setattr(ttt, "_canary_forward", counted("canary"))
+        monkeypatch.setattr(plain, "forward", counted("learning"))  # by functional_call
+        monkeypatch.setattr(Tensor, "tolist", listed)
+
+
+def test_an_update_learns_from_a_part_of_the_chunk_and_every_sequence_gets_its_turn(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ttt, seen = adapting(tiny, learn_tokens=100), list[Tensor]()
+    gradient = ttt._gradient
+
+    def watched(ids_BS: Tensor, *args: Any) -> Any:
+        seen.append(ids_BS)
+        return gradient(ids_BS, *args)
+
+    monkeypatch.setattr(ttt, "_gradient", watched)
+    chunk_BS = text(8, 32, 0)
+    for _ in range(8):
+        ttt.predict(chunk_BS)
+        ttt.ttt_update(update=True)
+    assert {part.shape for part in seen} == {(3, 32)}
+    rows = [chunk_BS.eq(row).all(dim=1).int().argmax().item() for part in seen for row in part]
+    assert rows == [i % 8 for i in range(24)]
+    ttt = adapting(tiny, learn_tokens=10)  # at least one
+    ttt.predict(chunk_BS)
+    assert ttt._part(chunk_BS).shape == (1, 32)
+
+
+def test_an_update_costs_one_small_backward_and_the_canary_once_or_twice(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ttt = adapting(tiny, learn_tokens=64)
+    forwards = Forwards(ttt, monkeypatch)
+    for step, energy_lambda in enumerate((0.2, 0.2, 0.2, 0.5)):
+        ttt.model.set_energy_lambda(energy_lambda)
+        ttt.predict(text(16, 32, step))
+        assert ttt.ttt_update(update=True).updated
+    assert forwards.tokens["predicting"] == [512] * 4
+    assert forwards.tokens["learning"] == [64] * 4
+    assert forwards.tokens["canary"] == [128] * (2 + 1 + 1 + 2)  # the trained router's loss is known at the same λ
+    ttt.model.set_prices(torch.tensor([1.0, 0.5, 0.3, 0.0]), torch.ones(4))
+    ttt.predict(text(16, 32, 9))
+    ttt.ttt_update(update=True)
+    assert forwards.tokens["canary"][6:] == [128] * 2  # not at other prices
+
+
+@pytest.mark.parametrize("rate", [0.05, 1000.0])
+def test_an_update_asks_the_device_twice_however_far_the_step_has_to_shrink(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    ttt = adapting(tiny, learning_rate=rate, canary_margin=math.inf, kl_total=10.0)
+    ttt.predict(text(4, 32, 0))
+    part = ttt._gradient(text(4, 32, 0), ttt.offsets(), None)
+    monkeypatch.setattr(ttt, "_gradient", lambda *_: part)
+    monkeypatch.setattr(ttt, "_canary_loss", lambda: torch.ones(()))
+    forwards, reads = Forwards(ttt, monkeypatch), Reads()
+    with reads:
+        report = ttt.ttt_update(update=True)
+    assert report.updated
+    assert 0 < report.kl <= 1e-3
+    assert (forwards.lists, reads.count) == (2, 0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0, 1e6])
+def test_the_factor_is_the_largest_within_the_cap_to_five_percent(tiny: Build, size: float) -> None:
+    ttt = adapting(tiny)
+    logits = routed(ttt, text(8, 32, 0))
+    step_LE = size * torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    scale, kl = ttt._capped(step_LE, logits, 1e-3, 1.0)
+    assert kl <= 1e-3
+    assert _kl_L(scale * step_LE.double(), logits, 1.0).max() == pytest.approx(float(kl), rel=1e-6)
+    assert scale == 1 or _kl_L(1.05 * scale * step_LE.double(), logits, 1.0).max() > 1e-3
+    nothing = ttt._capped(math.nan * step_LE, logits, 1e-3, 1.0)
+    assert [float(x) for x in nothing] == [0.0, 0.0]
+
+
+def test_the_cap_is_on_the_whole_chunk_where_a_part_is_learnt_from(tiny: Build) -> None:
+    ttt = adapting(tiny, learning_rate=1000.0, learn_tokens=32, canary_margin=math.inf)
+    for step in range(8):
+        chunk_BS = torch.cat([torch.full((1, 32), 60), text(7, 32, step)])
+        ttt.predict(chunk_BS)
+        before_LE, logits = ttt.offsets(), routed(ttt, chunk_BS)
+        assert ttt.ttt_update(update=True).kl <= 1e-3
+        assert _kl_L(ttt.offsets() - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
+
+
+# What the controller hears of it
+
+
+def test_the_controller_hears_the_joules_of_updates_evenly(tiny: Build) -> None:
+    """Windows of ten chunks, every third with an update of the joules of six tenths of a chunk."""
+    ttt = adapting(tiny, budget=1.0)
+    ttt.note_cost(0.6)  # at 2 %: every 30 chunks
+    told, heard = [], []
+    for window in range(60):
+        for chunk in range(10):
+            ttt.predict(text(1, 8, chunk))
+        update = 4.8 if window % 3 == 2 else 0.0
+        feedback = HardwareFeedback(energy_j=80.0 + update, tokens=80, duration_s=1.2, update_j=update)
+        report = ttt.ttt_update(feedback, update=False)
+        told.append(report.j_per_token)
+        heard.append(report.heard_j_per_token)
+        assert report.j_per_token == pytest.approx((80.0 + update) / 80)
+    assert heard == pytest.approx([1.02] * 60)
+    assert sum(heard) == pytest.approx(sum(told))
+    state = ttt.state()
+    ttt.ttt_update(dataclasses.replace(GOOD, update_j=50.0), update=False)
+    ttt.restore(state)
+    assert ttt.state().amortised == state.amortised
+    report = ttt.ttt_update(GOOD, update=False)  # what updates took is not told: as it is
+    assert report.heard_j_per_token == report.j_per_token == 0.1
+    ttt.reset()
+    assert ttt.state().amortised.balance_j == 0
+
+
+@pytest.mark.parametrize("update_j", [-1.0, 101.0, math.nan])
+def test_joules_of_updates_that_cannot_be_are_bad_telemetry(tiny: Build, update_j: float) -> None:
+    report = adapting(tiny, budget=0.1).ttt_update(dataclasses.replace(GOOD, update_j=update_j), update=False)
+    assert report.events == ("telemetry of updates not within the whole",)
+    assert report.heard_j_per_token is None

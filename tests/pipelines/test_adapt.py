@@ -278,6 +278,37 @@ def test_warming_up_keeps_the_routers_and_what_learning_costs(checkpoint: str, m
     assert after.cost_ratio != before.cost_ratio
 
 
+def test_the_range_is_measured_without_updates_and_told_with_what_they_will_cost(
+    checkpoint: str, meter: Meter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, learnt = load(checkpoint), list[float]()
+    blocks_NS = loaded.corpus.splits["train"].blocks_NS
+    ttt = EnergyAwareTTTRouter(
+        loaded.model, canary_BS=blocks_NS[:2].long(), settings=TTTSettings(update_share=0.5)
+    )  # every other chunk, did it learn
+    stream = Stream(ttt, blocks_NS, meter, batch_size=4, window_s=0.1)  # type: ignore[arg-type]
+    learn = ttt._learn
+    monkeypatch.setattr(ttt, "_learn", lambda *args: learnt.append(loaded.model.config.energy_lambda) or learn(*args))
+    reach, windows = adapting.measure_reach(stream, (0.0, 1.0, 4.0))
+    assert len(learnt) == adapting.WARM_UP_CALLS + 2  # the warm-up's
+    assert {w.updates for w in windows} == {0}
+    assert {float(ttt.offsets().abs().max())} == {0.0}
+    assert 0.25 < ttt.cost_share <= 0.5
+    first = [w.j_per_token for w in windows[:2]]
+    assert reach.most_j == pytest.approx((1 + ttt.cost_share) * sum(first) / 2)  # type: ignore[arg-type]
+
+
+def test_the_controller_of_a_stream_hears_updates_evenly(checkpoint: str, meter: Meter, tmp_path: Path) -> None:
+    """Their joules here are made up from their time alone: what a window lacks, the next ones get."""
+    plan = AdaptPlan(budget_share=0.5, windows=16, settings=TTTSettings(update_share=0.1))
+    found = adapt(load(checkpoint), meter, plan, out=tmp_path)  # type: ignore[arg-type]
+    assert 3 <= sum(w.updates for w in found.windows) < 16
+    told = [w.j_per_token for w in found.windows]
+    heard = [w.report.heard_j_per_token for w in found.windows if w.report is not None]
+    assert heard != told
+    assert sum(heard) / 16 == pytest.approx(sum(told) / 16, rel=0.05)  # type: ignore[arg-type]
+
+
 def test_prices_are_learnt_from_what_was_counted(checkpoint: str) -> None:
     loaded = load(checkpoint)
     shape = model_shape(loaded.model.config, loaded.hardware)

@@ -67,10 +67,43 @@ def test_a_batch_with_experts_to_close_pays() -> None:
     assert 0 < case(32).share <= MAX_SHARE
 
 
-@pytest.mark.parametrize(("energy_lambda", "pays"), [(0.0, False), (0.003, False), (0.01, False), (0.1, True)])
+@pytest.mark.parametrize(
+    ("energy_lambda", "pays"), [(0.0, False), (0.003, False), (0.01, False), (0.03, True), (0.1, True)]
+)
 def test_it_agrees_with_what_was_measured_of_lambda(energy_lambda: float, pays: bool) -> None:
     """One H100, batch 32 (docs/routing.md): nothing saved up to λ = 0.01, a step of 0.446 ms for 0.466 at λ = 0.1."""
     assert case(32, energy_lambda, gpu="NVIDIA H100 80GB HBM3").pays is pays
+
+
+@pytest.mark.parametrize(
+    ("batch", "energy_lambda", "pays"),
+    [(8, 0.003, False), (8, 0.1, True), (128, 0.003, False), (128, 0.01, False), (128, 0.03, False)],
+)
+def test_it_agrees_with_what_was_measured_at_other_batches(batch: int, energy_lambda: float, pays: bool) -> None:
+    """One H200 (docs/routing.md). Batch 8 at λ = 0.01 and 0.03 and batch 128 at 0.1 are too close to tell."""
+    assert case(batch, energy_lambda).pays is pays
+
+
+MEASURED = {  # experts open of 8: batch → λ → by the gate after training with top-k; at λ = 0 nothing is closed
+    8: {0.0: 6.00, 0.003: 5.58, 0.01: 4.90, 0.03: 3.77, 0.1: 2.40},
+    32: {0.0: 7.56, 0.01: 6.85, 0.03: 5.94, 0.1: 4.08},
+    128: {0.0: 7.81, 0.003: 7.74, 0.01: 7.62, 0.03: 7.31, 0.1: 6.46},
+}
+
+
+@pytest.mark.parametrize("batch", MEASURED)
+def test_drawn_scores_open_and_close_what_a_trained_gate_did(batch: int) -> None:
+    """At the price of opening that was in force then (of batch 32, on an H100, it was not kept: the same is assumed)."""
+    shape = ModelShape(expert_widths=(3072,) * 8)
+    for energy_lambda, opened in MEASURED[batch].items():
+        plain, chosen = expected_open(shape, batch, energy_lambda=energy_lambda, join=(1.0,) * 8, open_=(82.4,) * 8)
+        assert plain == pytest.approx(MEASURED[batch][0.0], abs=0.25)
+        assert chosen == pytest.approx(opened, abs=0.25)
+
+
+@pytest.mark.parametrize(("batch", "measured_ms"), [(8, 0.0269), (32, 0.0335), (128, 0.0707)])
+def test_choosing_takes_the_time_that_was_measured(batch: int, measured_ms: float) -> None:
+    assert 1e3 * case(batch).choosing_s == pytest.approx(measured_ms, rel=0.2)
 
 
 def test_it_saves_more_the_higher_the_price_and_nothing_where_opening_is_free() -> None:
@@ -95,7 +128,8 @@ def test_choosing_takes_time_at_the_power_of_the_step() -> None:
 def test_null_experts_cost_nothing_to_open() -> None:
     shape = ModelShape(expert_widths=(3072,) * 4 + (0,) * 4)
     plain, chosen = expected_open(shape, 64, energy_lambda=0.0, join=(0.0,) * 8, open_=(0.0,) * 8)
-    assert plain == chosen == pytest.approx(8.0, abs=0.01)  # four of twice the mean width
+    assert plain == chosen
+    assert 7 < plain <= 8  # four of twice the mean width, hardly ever less than all of them
 
 
 def test_a_batch_of_one_has_nothing_to_close() -> None:
