@@ -1,9 +1,10 @@
 """Mixture-of-Experts GPT-2: routers, regularizers, upcycling, metrics."""
 
-from moe.adaptation import EnergyAwareTTTRouter, HardwareFeedback, TTTReport, TTTSettings
+from moe.adaptation import EnergyAwareTTTRouter
 from moe.budget import BudgetController, Gains, PriceLearner, Reach
 from moe.callback import BalanceCallback
 from moe.config import MoEGPT2Config
+from moe.feedback import HardwareFeedback, TTTReport, TTTSettings
 from moe.metrics import RoutingStats, RoutingSummary, agreement
 from moe.modeling import MoEGPT2LMHeadModel, MoEGPT2Model, MoEGPT2Output
 from moe.registry import ROUTERS

@@ -25,137 +25,12 @@ import torch
 from torch import Tensor
 
 from moe.budget import Amortised, BudgetController
+from moe.feedback import Found, HardwareFeedback, TTTReport, TTTSettings, TTTState
 from moe.routers import EnergyRouter
 from moe.routing import Routing
+from moe.trust import expected_price, fisher, kl_L, kl_of_factors, largest_within, read
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HardwareFeedback:
-    """What the hardware says of a span of work. Unknown is None.
-
-    `energy_j` are all joules of the span, adapting included; `update_j` those of them that updates took, which the
-    controller then hears spread over the work until the next update; `modelled_j` the cost model's for the same work;
-    `age_s` how old the reading is when it is handed over.
-    """
-
-    energy_j: float | None
-    tokens: int
-    duration_s: float
-    power_w: float | None = None
-    temperature_c: float | None = None
-    memory_fraction: float | None = None
-    modelled_j: float | None = None
-    update_j: float | None = None
-    age_s: float = 0.0
-
-    def fault(self, max_age_s: float) -> str | None:
-        """Why this cannot be acted on; None: it can."""
-        if self.energy_j is None or not math.isfinite(self.energy_j) or not math.isfinite(self.duration_s):
-            return "not finite"
-        if self.energy_j <= 0 or self.tokens <= 0 or self.duration_s <= 0:
-            return "not positive"
-        if self.update_j is not None and not 0 <= self.update_j <= self.energy_j:
-            return "of updates not within the whole"
-        if not self.age_s <= max_age_s:
-            return "stale"
-        return None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TTTSettings:
-    """How the biases learn, and what stops them.
-
-    Attributes:
-        learning_rate: of the natural-gradient step.
-        energy_weight: μ, nats: weight of Ê/B; acts only under a budget.
-        kl_weight: β of KL(π ‖ π_trained).
-        kl_step: largest KL of one step, any layer, nats per token. kl_total: of all steps together.
-        canary_margin: nats by which the canary's loss may exceed the trained router's at the same λ.
-        learn_tokens: an update learns from so many tokens of the chunk, whole sequences and at least one; which ones
-            goes round. On chunks of 48 x 1024 an update then costs about as much as a chunk.
-        update_share: largest share of the work that updates may be.
-        min_window_s: feedback is gathered until it spans this long.
-        max_age_s: older telemetry is stale.
-        keep_first: each token keeps the expert that the trained router likes best at this λ; router `energy` alone.
-    """
-
-    learning_rate: float = 0.05
-    energy_weight: float = 0.02
-    kl_weight: float = 0.1
-    kl_step: float = 1e-3
-    kl_total: float = 0.05
-    canary_margin: float = 0.01
-    learn_tokens: int = 6144
-    update_share: float = 0.02
-    min_window_s: float = 1.0
-    max_age_s: float = 2.0
-    keep_first: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TTTReport:
-    """What one call of `ttt_update` did.
-
-    `j_per_token` is that of the window which this call completed, None where none was; `heard_j_per_token` what the
-    controller heard of it, the joules of updates spread evenly. `kl` is the largest KL of any layer that the step made
-    (0: no step). `events`: guards that acted, one word or two each.
-    """
-
-    energy_lambda: float
-    j_per_token: float | None = None
-    heard_j_per_token: float | None = None
-    infeasible: bool = False
-    updated: bool = False
-    kl: float = 0.0
-    canary_delta: float | None = None
-    events: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TTTState:
-    """All that adapting has changed, to be given back exactly."""
-
-    offset_LE: Tensor
-    kept_LE: Tensor
-    null: float
-    energy_lambda: float
-    controller: dict[str, Any]
-    chunks: int
-    cost_ratio: float
-    pending: tuple[float, ...]
-    pending_update_j: float | None
-    amortised: Amortised
-    learn_from: int
-    suspended: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Found:
-    """What a model is like before it is adapted."""
-
-    offset_LE: Tensor
-    keep_first: tuple[bool, ...]
-    energy_lambda: float
-    training: bool
-
-    @classmethod
-    def of(cls, model: Any) -> _Found:
-        return cls(
-            offset_LE=torch.stack([router.offset_E.detach().clone() for router in model.routers]),
-            keep_first=tuple(router.keep_first for router in model.routers),
-            energy_lambda=float(model.config.energy_lambda),
-            training=model.training,
-        )
-
-    @torch.no_grad()
-    def give_back(self, model: Any) -> None:
-        for router, offset_E, keep_first in zip(model.routers, self.offset_LE, self.keep_first, strict=True):
-            router.offset_E.copy_(offset_E)
-            router.keep_first = keep_first
-        model.set_energy_lambda(self.energy_lambda)
-        model.train(self.training)
 
 
 class EnergyAwareTTTRouter:
@@ -193,7 +68,7 @@ class EnergyAwareTTTRouter:
             raise ValueError(f"router: expected one on which λ acts under a budget, got {model.config.router!r}")
         if self.settings.keep_first and not all(isinstance(router, EnergyRouter) for router in self.routers):
             self._do_without_keep_first(model.config.router)
-        self._found: _Found | None = _Found.of(model)  # nothing of the model has changed up to here
+        self._found: Found | None = Found.of(model)  # nothing of the model has changed up to here
         self.model, self.canary_BS, self.controller = model.eval(), canary_BS, controller
         self.seen_routing: tuple[Routing, ...] = ()
         self._names = [name for name, _ in model.named_buffers() if name.endswith("router.offset_E")]
@@ -416,7 +291,7 @@ class EnergyAwareTTTRouter:
         scale, kl = self._capped(step_LE, logits, self.settings.kl_step, tau)
         after_LE = before_LE + scale * step_LE
         shrink, _ = self._capped(after_LE, trained, self.settings.kl_total, tau)
-        finite, kl_found, shrunk, null = _read(
+        finite, kl_found, shrunk, null = read(
             torch.isfinite(torch.cat([grad_LE, step_LE])).all(), kl, shrink, shrink * (self._null + scale * null_step)
         )
         if not finite:
@@ -425,7 +300,7 @@ class EnergyAwareTTTRouter:
         if shrunk < 1:  # as far from the trained router as allowed: come back, a retreat if need be
             events.append("total KL cap")
             after_LE = shrink * after_LE
-            kl_found = float(_kl_L(after_LE - before_LE, logits, tau).max())
+            kl_found = float(kl_L(after_LE - before_LE, logits, tau).max())
             if kl_found > self.settings.kl_step:
                 after_LE, kl_found, null = self._retreat(before_LE, logits, trained, tau)
         self.apply(after_LE)
@@ -446,7 +321,7 @@ class EnergyAwareTTTRouter:
         shrink, _ = self._capped(before_LE, trained, self.settings.kl_total, tau)
         part, kl = self._capped((shrink - 1) * before_LE, logits, self.settings.kl_step, tau)
         left = 1 - part * (1 - shrink)
-        found, kept = _read(kl, left)
+        found, kept = read(kl, left)
         return left * before_LE, found, kept * self._null
 
     def _part(self, ids_BS: Tensor) -> Tensor:
@@ -474,7 +349,7 @@ class EnergyAwareTTTRouter:
             loss = output.lm_loss + self.settings.kl_weight * self._from_trained(output.routing, leaf_LE)
             if self.controller is not None:
                 over = (j_per_token or self.controller.budget_j) / self.controller.budget_j
-                loss = loss + self.settings.energy_weight * over * _expected_price(output.routing)
+                loss = loss + self.settings.energy_weight * over * expected_price(output.routing)
         (grad_LE,) = torch.autograd.grad(loss, leaf_LE)
         return grad_LE, [routing.logits_TE.detach() for routing in output.routing]
 
@@ -489,7 +364,7 @@ class EnergyAwareTTTRouter:
 
     def _direction(self, grad_LE: Tensor, logits: list[Tensor], tau: float) -> tuple[Tensor, Tensor]:
         """The natural-gradient step of the biases, and of the null experts' common one, before any cap."""
-        fishers = torch.stack([_fisher(z_TE, tau) for z_TE in logits])
+        fishers = torch.stack([fisher(z_TE, tau) for z_TE in logits])
         damping = 1e-2 * fishers.diagonal(dim1=-2, dim2=-1).mean() + 1e-6
         grad_LE = grad_LE.to(fishers.dtype)
         eye_EE = torch.eye(grad_LE.shape[1], device=fishers.device, dtype=fishers.dtype)
@@ -511,11 +386,11 @@ class EnergyAwareTTTRouter:
         """
         step_LE = step_LE.double()
         octaves = torch.exp2(-torch.arange(64, device=step_LE.device, dtype=torch.float64))
-        scale, _ = _largest(octaves, _kl_of(octaves, step_LE, logits, tau), cap)
+        scale, _ = largest_within(octaves, kl_of_factors(octaves, step_LE, logits, tau), cap)
         finer = (scale * torch.exp2(torch.arange(15, -1, -1, device=octaves.device, dtype=octaves.dtype) / 16)).clamp(
             max=1.0
         )
-        return _largest(finer, _kl_of(finer, step_LE, logits, tau), cap)
+        return largest_within(finer, kl_of_factors(finer, step_LE, logits, tau), cap)
 
     @torch.no_grad()
     def _canary_delta(self, offset_LE: Tensor) -> float:
@@ -528,11 +403,11 @@ class EnergyAwareTTTRouter:
         key = (self.model.config.energy_lambda, self.model.config.router_temperature, *routers)
         if self._canary_trained is None or self._canary_trained[0] != key:
             self.apply(torch.zeros_like(offset_LE))
-            loss, trained = _read(now, self._canary_loss())
+            loss, trained = read(now, self._canary_loss())
             self.apply(offset_LE)
             self._canary_trained = (key, trained)
         else:
-            (loss,) = _read(now)
+            (loss,) = read(now)
         delta = loss - self._canary_trained[1]
         return delta if math.isfinite(delta) else math.inf
 
@@ -543,57 +418,3 @@ class EnergyAwareTTTRouter:
         )
         loss: Tensor = output.lm_loss.clone()
         return loss
-
-
-def _read(*values: Tensor) -> list[float]:
-    """Numbers from the device, all at once: what waits for it, waits once."""
-    found: list[float] = torch.stack([value.double() for value in values]).tolist()
-    return found
-
-
-def _largest(scale_N: Tensor, kl_N: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """The largest of some factors whose KL is within the cap, and that KL; 0 and 0 where none is."""
-    beyond_N = ~(kl_N <= cap)  # what is not a number is not within it
-    scale = scale_N.masked_fill(beyond_N, 0.0).max()
-    return scale, kl_N.masked_fill(beyond_N | (scale_N != scale), 0.0).max()
-
-
-def _expected_price(routings: tuple[Routing, ...]) -> Tensor:
-    """Σ_e P_e·c̃_e over its own value: 1, with the gradient of log Ê; mean over layers."""
-    terms = []
-    for routing in routings:
-        assert routing.join_E is not None
-        price = (routing.log_probs_TE.exp() @ routing.join_E.to(routing.log_probs_TE.dtype)).mean()
-        terms.append(price / price.detach().clamp_min(1e-9))
-    return torch.stack(terms).mean()
-
-
-def _fisher(logits_TE: Tensor, tau: float) -> Tensor:
-    """Mean Fisher matrix of softmax(z/τ) in a bias on z, [E, E]."""
-    p_TE = (logits_TE.double() / tau).softmax(-1)
-    return (torch.diag(p_TE.mean(0)) - p_TE.T @ p_TE / len(p_TE)) / tau**2
-
-
-def _kl_L(step_LE: Tensor, logits: list[Tensor], tau: float) -> Tensor:
-    """KL(softmax(z/τ) ‖ softmax((z + step)/τ)) of every layer, mean over tokens, nats."""
-    found = []
-    for step_E, z_TE in zip(step_LE, logits, strict=True):
-        old_TE = (z_TE.double() / tau).log_softmax(-1)
-        new_TE = ((z_TE.double() + step_E.double()) / tau).log_softmax(-1)
-        found.append((old_TE.exp() * (old_TE - new_TE)).sum(-1).mean())
-    return torch.stack(found)
-
-
-def _kl_of(scale_N: Tensor, step_LE: Tensor, logits: list[Tensor], tau: float) -> Tensor:
-    """The largest KL of any layer at each of many factors of a step, [N]; not a number where it cannot be told.
-
-    KL(p ‖ p·e^d/Σ p·e^d) = log Σ p·e^d − Σ p·d: a product of matrices for all factors at once. Every d is taken off
-    its largest, so that no power overflows.
-    """
-    found = []
-    for step_E, z_TE in zip(step_LE, logits, strict=True):
-        p_TE = (z_TE.double() / tau).softmax(-1)
-        d_EN = (step_E.double() - step_E.double().max())[:, None] / tau * scale_N
-        kl_N = (p_TE @ d_EN.exp()).log().mean(0) - p_TE.mean(0) @ d_EN
-        found.append(kl_N.masked_fill(~torch.isfinite(kl_N), torch.nan))
-    return torch.stack(found).max(dim=0).values  # nan wins

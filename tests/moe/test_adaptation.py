@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe import BudgetController, EnergyAwareTTTRouter, Gains, HardwareFeedback, MoEGPT2LMHeadModel, TTTSettings
-from moe.adaptation import _kl_L
+from moe.trust import kl_L
 
 Build = Callable[..., MoEGPT2LMHeadModel]
 GOOD = HardwareFeedback(energy_j=100.0, tokens=1000, duration_s=1.2)
@@ -96,9 +96,9 @@ def test_the_kl_cap_is_never_exceeded(tiny: Build, rate: float) -> None:
         report = ttt.ttt_update(update=True)
         after_LE = ttt.offsets()
         assert report.kl <= 1e-3
-        assert _kl_L(after_LE - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
+        assert kl_L(after_LE - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
         trained = [z - b for z, b in zip(logits, before_LE, strict=True)]
-        assert _kl_L(after_LE, trained, 1.0).max() <= 4e-3 * 1.001
+        assert kl_L(after_LE, trained, 1.0).max() <= 4e-3 * 1.001
 
 
 def test_a_retreat_after_a_change_of_text_takes_steps_within_the_cap_too(tiny: Build) -> None:
@@ -113,10 +113,10 @@ def test_a_retreat_after_a_change_of_text_takes_steps_within_the_cap_too(tiny: B
         before_LE = ttt.offsets()
         ttt.predict(other_BS)
         logits = routed(ttt, other_BS)
-        totals.append(float(_kl_L(before_LE, [z - b for z, b in zip(logits, before_LE, strict=True)], 1.0).max()))
+        totals.append(float(kl_L(before_LE, [z - b for z, b in zip(logits, before_LE, strict=True)], 1.0).max()))
         report = ttt.ttt_update(update=True)
         assert report.kl <= 1e-3
-        assert _kl_L(ttt.offsets() - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
+        assert kl_L(ttt.offsets() - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
     assert totals[0] > 0.1
     assert totals[1] > 0.051
     assert totals[-1] <= 0.05 * 1.01
@@ -473,8 +473,8 @@ def test_the_factor_is_the_largest_within_the_cap_to_five_percent(tiny: Build, s
     step_LE = size * torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
     scale, kl = ttt._capped(step_LE, logits, 1e-3, 1.0)
     assert kl <= 1e-3
-    assert _kl_L(scale * step_LE.double(), logits, 1.0).max() == pytest.approx(float(kl), rel=1e-6)
-    assert scale == 1 or _kl_L(1.05 * scale * step_LE.double(), logits, 1.0).max() > 1e-3
+    assert kl_L(scale * step_LE.double(), logits, 1.0).max() == pytest.approx(float(kl), rel=1e-6)
+    assert scale == 1 or kl_L(1.05 * scale * step_LE.double(), logits, 1.0).max() > 1e-3
     nothing = ttt._capped(math.nan * step_LE, logits, 1e-3, 1.0)
     assert [float(x) for x in nothing] == [0.0, 0.0]
 
@@ -486,7 +486,7 @@ def test_the_cap_is_on_the_whole_chunk_where_a_part_is_learnt_from(tiny: Build) 
         ttt.predict(chunk_BS)
         before_LE, logits = ttt.offsets(), routed(ttt, chunk_BS)
         assert ttt.ttt_update(update=True).kl <= 1e-3
-        assert _kl_L(ttt.offsets() - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
+        assert kl_L(ttt.offsets() - before_LE, logits, 1.0).max() <= 1e-3 * 1.001
 
 
 # What the controller hears of it

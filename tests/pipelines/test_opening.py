@@ -93,7 +93,7 @@ MEASURED = {  # experts open of 8: batch → λ → by the gate after training w
 
 @pytest.mark.parametrize("batch", MEASURED)
 def test_drawn_scores_open_and_close_what_a_trained_gate_did(batch: int) -> None:
-    """At the price of opening that was in force then (of batch 32, on an H100, it was not kept: the same is assumed)."""
+    """At the price of opening in force then (that of batch 32, on an H100, was not kept: the same is assumed)."""
     shape = ModelShape(expert_widths=(3072,) * 8)
     for energy_lambda, opened in MEASURED[batch].items():
         plain, chosen = expected_open(shape, batch, energy_lambda=energy_lambda, join=(1.0,) * 8, open_=(82.4,) * 8)
