@@ -19,13 +19,13 @@ from ray import tune
 from hwcost.cpu import watts_per_core
 from pipelines import anchors, recover
 from pipelines.actor import TrialActor, quiet_libraries
-from pipelines.budget import Budget
+from pipelines.budget import Budget, ends_at_sigint
 from pipelines.checkpoints import prune_finals
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
 from pipelines.epoch_ends import Ends, front_table
 from pipelines.estimate import code_of
-from pipelines.follow import SweepCallback
+from pipelines.follow import STOP_S, SweepCallback
 from pipelines.heartbeat import Meter
 from pipelines.journal import Journal
 from pipelines.lanes import LaneSearch, cards
@@ -45,12 +45,9 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
-
-
-#: Seconds that an actor has to end in order when its sweep ends.
-_STOP_S = 3.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,12 +172,12 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s, book)
     try:
         book()
-        _fit(_tuner(plan, run, work, store, follower), run)
+        _fit(_tuner(plan, run, work, store, follower), budget, run)
         if not journal.holds():
             raise journal.taken_over()
         if budget.broken is not None:
             raise budget.broken
-        recover.end_orphans(journal, _with_rows(store, plan), patience_s=_STOP_S)
+        recover.end_orphans(journal, _with_rows(store, plan), patience_s=STOP_S)
         left = recover.write_missing(store, journal, ended_by="budget" if budget.reason else "interrupt")
         ended = budget.reason or ("interrupted" if left or _missing(plan, store) else None)
         if ended != "interrupted" and ray.is_initialized():
@@ -201,10 +198,11 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
                 recover.remove_leftovers(store, journal)
 
 
-def _fit(tuner: Any, run: _Run) -> None:
+def _fit(tuner: Any, budget: Budget, run: _Run) -> None:
     """Run the trials. A first SIGINT ends them in order, a second one at once."""
     try:
-        tuner.fit()
+        with ends_at_sigint(budget):
+            tuner.fit()
     except KeyboardInterrupt:
         if run.own_ray:
             ray.shutdown()
