@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import gc
 import json
 import logging
 import os
@@ -90,6 +91,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
             self.keeper.close()
         if self.monitor is not None:
             self.monitor.close()
+        gc.freeze()  # the process ends: a search for garbage in all of torch would hold the sweep up
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing: a trial keeps its own checkpoints."""

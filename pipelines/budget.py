@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +45,8 @@ def completed_end(row: TrialRecord) -> list[Mapping[str, Any]]:
 
 
 class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
-    """Ends a sweep. `reason` says why, once it did; `broken` is the error where results cannot be written any more.
+    """Ends a sweep. `reason` says why, once it did; `broken` is the error where results cannot be written any more;
+    `interrupted` is set from outside.
 
     Args:
         read_j: joules of the sweep so far, lost work and idle time included; None where nothing is counted.
@@ -65,6 +69,7 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         self.plan, self.read_j, self.reserve_j, self.holds = plan, read_j, reserve_j, holds
         self.reason: str | None = None
         self.broken: OSError | None = None
+        self.interrupted = False
         self._start_s = time.monotonic() - before_s
         self._axes = [Objective.parse(text) for text in plan.objectives]
         self._ends_of = ends_of
@@ -93,10 +98,15 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         now = time.monotonic()
         if not self.holds():
             self.reason = "another driver took the sweep over"
-        elif self.reason is None and now - self._looked_s >= _LOOK_EVERY_S:
+        elif not self.ended and now - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now
             self.reason = self._judge(now)
-        return self.reason is not None
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether no trial runs any more, nor begins."""
+        return self.interrupted or self.reason is not None
 
     def _judge(self, now: float) -> str | None:
         plan = self.plan
@@ -116,3 +126,22 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
 
     def __getstate__(self) -> dict[str, object]:
         return {}
+
+
+@contextlib.contextmanager
+def ends_at_sigint(budget: Budget) -> Iterator[None]:
+    """SIGINT ends the sweep as a spent budget does, once; after that it does what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: Any) -> None:
+        budget.interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hwcost import CostModel
 from hwcost.ops import ModelShape
+from moe import ROUTERS
 from pipelines.config import MEASURE_S, WARMUP_S, TrialConfig
 from pipelines.model import expert_width
 
@@ -55,7 +56,7 @@ def estimate(
         energy_j=energy_j,
         duration_s=duration_s,
         phases_s=sum(phases_s(trial) for trial in trials),
-        shapes=len({_code(trial) for trial in trials}),
+        shapes=len({code_of(trial) for trial in trials}),
         analytic=model.analytic,
         profile=model.profile.name,
         flags=tuple(flags),
@@ -68,10 +69,24 @@ def phases_s(trial: TrialConfig) -> float:
     return phases * ((trial.measure_seconds or MEASURE_S["cuda"]) + WARMUP_S["cuda"])
 
 
-def _code(trial: TrialConfig) -> tuple[object, ...]:
-    """What tells compiled code apart, as far as settings go."""
+def code_of(trial: TrialConfig) -> tuple[object, ...]:
+    """What tells compiled code apart, as far as settings go (`warm.shape_of` knows it from the model)."""
+    widths: tuple[object, ...] = (trial.base, trial.dropout, trial.n_embd, trial.n_layer, trial.n_head)
+    batch = (trial.batch_size, trial.seq_len, trial.dtype)
+    if trial.is_dense:
+        return (*widths, *batch)
     regularized = (trial.regularizer, trial.regularizer_weight) if trial.regularizer_weight else None
-    return (str(shape_of(trial)), trial.router, regularized, trial.batch_size, trial.seq_len)
+    seed = None if ROUTERS[trial.router].learned else trial.seed
+    routed = (trial.router, seed, trial.top_k, trial.width_factors, trial.moe_layers, regularized)
+    return (
+        *widths,
+        *batch,
+        *routed,
+        trial.router_jitter,
+        trial.bias_balance_rate,
+        trial.capacity_factor,
+        trial.top_p,
+    )
 
 
 def epochs_trained(trial: TrialConfig) -> float:

@@ -28,6 +28,7 @@ def save(figure: Figure, folder: Path, *, formats: tuple[str, ...] = ("png", "sv
     for path in paths:
         meta = {"Date": None, "Description": figure.alt} if path.suffix == ".svg" else {"Description": figure.alt}
         canvas.savefig(path, dpi=200, metadata=meta)
+        canvas.set_layout_engine("none")  # where it put things serves the other formats too
     return paths
 
 

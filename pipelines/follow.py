@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ from pipelines.tracking import Tracker
 from pipelines.trial_rows import parse_row
 
 _LOOK_EVERY_S = 5.0
+#: Seconds that an actor has to end in order when its sweep ends.
+STOP_S = 3.0
 #: Without a limit of the user's, a trial is taken for hung after so many times the longest stretch between reports.
 _HUNG_FACTOR, _HUNG_LEAST_S = 20.0, 900.0
 
@@ -69,11 +72,15 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self.hung: set[str] = set()
         self.written: set[str] = set()  # trials that wrote their own row
         self.longest_s = 0.0
+        self.actors: dict[str, Any] = {}  # of the trials that run
         self._looked_s = 0.0
+        self._ending: threading.Timer | None = None
 
     def close(self) -> None:
         """Wait for MLflow to hold what was seen."""
         if "mirror" in self.__dict__:
+            if self._ending is not None:
+                self._ending.cancel()
             self.mirror.close()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -87,6 +94,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         """Say that a trial began."""
         values = trial.config["trial"]
         self.heard_s[values["trial_id"]] = time.monotonic()
+        self.actors[values["trial_id"]] = trial.temporary_state.ray_actor
         self.progress.started(values["trial_id"], values)
 
     def on_trial_result(
@@ -101,6 +109,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
             passing("driver.end", f"{row.trial_id}-{row.attempt}")
             result["state"] = row.state
             self.written.add(row.trial_id)
+            self.actors.pop(row.trial_id, None)
             self._finished(row)
             if row.ended_by == "storage":
                 self.budget.give_up(OSError(row.error))
@@ -115,6 +124,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial that ended without a row of its own was stopped by the scheduler."""
+        self.actors.pop(trial.config["trial"]["trial_id"], None)
         if trial.config["trial"]["trial_id"] not in self.written:
             self._write_missing(trial, "scheduler", alive=True)
 
@@ -127,7 +137,13 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         self._write_missing(trial, self._cause(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look for hung trials, and book how long this session has run: it may end by SIGKILL."""
+        """Look for hung trials, and book how long this session has run: it may end by SIGKILL. At the end of a sweep
+        Ray waits ten seconds for actors in the middle of an epoch, of which nothing would be kept.
+        """
+        if self.budget.ended and self._ending is None:
+            self._ending = threading.Timer(STOP_S, self._end_actors)
+            self._ending.daemon = True
+            self._ending.start()
         now = time.monotonic()
         if now - self._looked_s < _LOOK_EVERY_S:
             return
@@ -141,6 +157,11 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
                 self.heard_s[trial_id] = now
                 self.hung.add(trial_id)
                 end_actor(trial, self.journal, trial_id)
+
+    def _end_actors(self) -> None:
+        for actor in list(self.actors.values()):
+            with contextlib.suppress(Exception):  # it ended in order
+                ray.kill(actor, no_restart=True)
 
     def _heard(self, trial_id: str) -> None:
         now = time.monotonic()

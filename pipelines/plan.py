@@ -28,7 +28,8 @@ OBJECTIVES = ("train_energy_j", "eval_loss_nats")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """The trials of a sweep in the order they start, and how it searches and ends.
+    """The trials of a sweep in the order in which one worker would run them (several: `lanes`), and how it searches and
+    ends.
 
     Attributes:
         dropped: how many points of the space repeat an experiment that is already in (for example λ > 0

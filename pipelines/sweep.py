@@ -19,14 +19,16 @@ from ray import tune
 from hwcost.cpu import watts_per_core
 from pipelines import anchors, recover
 from pipelines.actor import TrialActor, quiet_libraries
-from pipelines.budget import Budget
+from pipelines.budget import Budget, ends_at_sigint
 from pipelines.checkpoints import prune_finals
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
 from pipelines.epoch_ends import Ends, front_table
-from pipelines.follow import SweepCallback
+from pipelines.estimate import code_of
+from pipelines.follow import STOP_S, SweepCallback
 from pipelines.heartbeat import Meter
 from pipelines.journal import Journal
+from pipelines.lanes import LaneSearch, cards
 from pipelines.model import Hardware, dense_model
 from pipelines.pareto import pareto_fronts
 from pipelines.plan import SweepPlan
@@ -34,6 +36,7 @@ from pipelines.records import EpochRecord, Store, TrialRecord
 from pipelines.resources import Resources, resources_of
 from pipelines.scheduler import ParetoASHA, rungs_of
 from pipelines.search import StudySearch, study_of
+from pipelines.warm import MOST_SHAPES
 
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -42,12 +45,9 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
-
-
-#: Seconds that an actor has to end in order when its sweep ends.
-_STOP_S = 3.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,12 +172,12 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     follower = SweepCallback(plan, run.out, run.tracking_uri, budget, run.timeout_s, book)
     try:
         book()
-        _fit(_tuner(plan, run, work, store, follower), run)
+        _fit(_tuner(plan, run, work, store, follower), budget, run)
         if not journal.holds():
             raise journal.taken_over()
         if budget.broken is not None:
             raise budget.broken
-        recover.end_orphans(journal, _with_rows(store, plan), patience_s=_STOP_S)
+        recover.end_orphans(journal, _with_rows(store, plan), patience_s=STOP_S)
         left = recover.write_missing(store, journal, ended_by="budget" if budget.reason else "interrupt")
         ended = budget.reason or ("interrupted" if left or _missing(plan, store) else None)
         if ended != "interrupted" and ray.is_initialized():
@@ -198,10 +198,11 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
                 recover.remove_leftovers(store, journal)
 
 
-def _fit(tuner: Any, run: _Run) -> None:
+def _fit(tuner: Any, budget: Budget, run: _Run) -> None:
     """Run the trials. A first SIGINT ends them in order, a second one at once."""
     try:
-        tuner.fit()
+        with ends_at_sigint(budget):
+            tuner.fit()
     except KeyboardInterrupt:
         if run.own_ray:
             ray.shutdown()
@@ -240,10 +241,9 @@ def _missing(plan: SweepPlan, store: Store) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What is left to run: a parameter space for Ray Tune, and a searcher where trials are not known beforehand."""
+    """What is left to run: a searcher for Ray Tune, and how many trials it has."""
 
-    param_space: dict[str, Any]
-    searcher: StudySearch | None
+    searcher: StudySearch | LaneSearch
     samples: int
 
 
@@ -258,19 +258,17 @@ def _work(
         "anchor": plan.anchor,
     }
     if not plan.is_adaptive:
-        entries = [_entry(trial, run.resources) for trial in plan.trials if trial.trial_id not in final]
-        return (
-            _Work(param_space={**common, "trial": tune.grid_search(entries)}, searcher=None, samples=1)
-            if entries
-            else None
-        )
+        codes = {t.trial_id: code_of(t) for t in plan.trials if t.compile or (run.resources.gpus and t.compile is None)}
+        waiting = [card for card in cards(plan.trials, codes) if card.trial_id not in final]
+        entries = {trial.trial_id: {**common, "trial": _entry(trial, run.resources)} for trial in plan.trials}
+        return _Work(searcher=LaneSearch(entries, waiting, MOST_SHAPES), samples=len(waiting)) if waiting else None
     unfinished = {c["trial_id"]: TrialConfig.parse(c["config"]) for c in journal.claims() if c["trial_id"] not in final}
     count = (plan.samples or 0) - len(final)
     if count <= 0:
         return None
     study = study_of(plan, [row for row in known if row.trial_id in final])
     study.threads = None if run.resources.gpus else int(run.resources.cpus)
-    return _Work(param_space={}, searcher=StudySearch(study, common, unfinished.values(), count), samples=count)
+    return _Work(searcher=StudySearch(study, common, unfinished.values(), count), samples=count)
 
 
 def preflight(trials: Sequence[TrialConfig]) -> None:
@@ -345,7 +343,6 @@ def check_writable(out: str) -> None:
 def _tuner(plan: SweepPlan, run: _Run, work: _Work, store: Store, follower: SweepCallback) -> Any:
     return tune.Tuner(
         tune.with_resources(run.actor, {"cpu": run.resources.cpus, "gpu": run.resources.gpus}),
-        param_space=work.param_space,
         tune_config=tune.TuneConfig(
             max_concurrent_trials=run.resources.parallel,
             num_samples=work.samples,

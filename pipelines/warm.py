@@ -24,8 +24,10 @@ from pipelines import data
 from pipelines.config import TrialConfig
 from pipelines.model import Hardware
 
-#: Shapes that a process keeps; the compiler holds at most eight versions of one function.
-MOST_SHAPES = 6
+#: Shapes that a process keeps, at two versions of a function each (with gradients and without). By itself the compiler
+#: holds eight versions and refuses the ninth.
+MOST_SHAPES = 24
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * MOST_SHAPES + 8)
 _MOST_CORPORA = 2
 #: Values of a model's configuration that live in tensors, or do not enter its code.
 _NOT_THE_SHAPE = {"energy_lambda", "router_temperature", "router_seed", "transformers_version", "_name_or_path"}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from benchmarks.driver_overhead import TabulatedActor
 from pipelines.config import ConfigError
 from pipelines.plan import plan_sweep
 from pipelines.records import EpochRecord, PowerRecord, Store
@@ -73,3 +78,31 @@ def test_a_gpu_asked_for_where_there_is_none_writes_nothing(tiny: dict[str, Any]
     finally:
         ray.shutdown()
     assert not (tmp_path / "out").exists()
+
+
+class BusyActor(TabulatedActor):
+    """In the middle of a long epoch, whatever one asks of it."""
+
+    def step(self) -> dict[str, Any]:
+        Path(self.config["out"], "busy").touch()
+        time.sleep(120)
+        return super().step()
+
+
+@pytest.mark.slow
+def test_an_interrupt_does_not_wait_for_the_epoch(tiny: dict[str, Any], tmp_path: Path) -> None:
+    space = Space(name="t", question="", fixed=tiny, domains={}, conditions={}, sweep={"anchor": False})
+    sent_s = []
+
+    def interrupt() -> None:
+        while not (tmp_path / "busy").exists():
+            time.sleep(0.1)
+        sent_s.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    result = run_sweep(plan_sweep(space), out=tmp_path, actor=BusyActor)
+    assert time.monotonic() - sent_s[0] < 8.0  # three for the actor, and for Ray to end
+    assert result.ended == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is before

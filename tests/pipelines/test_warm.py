@@ -58,6 +58,16 @@ def test_trials_of_a_shape_compile_once_and_end_as_if_alone(tmp_path: Path) -> N
     assert together == alone
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+def test_more_shapes_than_the_compiler_holds_by_itself(tmp_path: Path) -> None:
+    names = ("none", "load_balance", "cv2", "z_loss")
+    shapes = [{"top_k": k, "regularizer": name, "regularizer_weight": 0.1} for k in (1, 2, 3) for name in names]
+    for shape in (*shapes, shapes[0]):  # by itself it refuses the ninth version of a function where a graph is whole
+        loss(tmp_path, **shape, max_train_tokens=128)
+    assert counters["stats"]["unique_graphs"] == len(warm._shapes) == len(shapes)
+
+
 def test_what_stays_out_of_the_shape_and_what_does_not() -> None:
     def shape(**changes: Any) -> str:
         config = TrialConfig.parse(TINY | changes)
