@@ -207,6 +207,35 @@ def test_effects_that_were_put_in_come_out(whole: Path) -> None:
     assert "orders 100.0% alike" in text
 
 
+def test_dense_runs_stand_beside_the_front_that_they_dominate(whole: Path) -> None:
+    found = study.load(whole)
+    front = next(section for section in study.sections(found) if section.title == "The front")
+    dense = [row for row in found.stage("controls") if row["router"] == "dense" and row["epochs"] == 1]
+    joules, loss = (float(np.mean([row[key] for row in dense])) for key in ("train_energy_j", "eval_loss_nats"))
+    told = next(part for part in front.text if part.startswith("Dense, of the controls"))
+    assert f"* dense: {joules:.0f} ± " in told
+    assert "(5 seeds)" in told
+    members = [[cell.split(" ±")[0] for cell in line.split("|")[2:4]] for line in front.text[1].splitlines()[2:]]
+    worse = [x for x, y in members if float(x) > joules and float(y) > loss]
+    assert 0 < len(worse) < len(members)
+    assert f"dominates {len(worse)} of {len(members)} members" in told
+    (chart,) = front.figures
+    assert isinstance(chart, Chart)
+    assert [point.tip for point in chart.points[-2:]] == ["dense", "dense, 2 epochs"]
+    assert chart.points[-2].x == pytest.approx(joules)
+    assert any(key.label == "dense, of the controls" for key in chart.legend)
+
+
+def test_a_front_without_controls_shows_no_dense_runs(tmp_path: Path) -> None:
+    found = study.load(written(tmp_path, "front"))
+    front = next(section for section in study.sections(found) if section.title == "The front")
+    assert not any("ense" in part for part in front.text)
+    (chart,) = front.figures
+    assert isinstance(chart, Chart)
+    assert not any("dense" in key.label for key in chart.legend)
+    assert len(chart.lines) == 1
+
+
 def test_the_fronts_members_and_neighbours_run_again_with_seeds_of_their_own(whole: Path) -> None:
     planned = second_look(whole)
     assert {config.seed for config in planned} == {1, 2, 3, 4, 5}  # the front has seed 0
