@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import mixed_corpus, study, study_members, study_phases, study_rows
+from benchmarks import mixed_corpus, study, study_controls, study_members, study_phases, study_rows
 from benchmarks.study_controls import references
 from benchmarks.study_rows import STAGES, Mean, Spread
 from benchmarks.trained import texts
@@ -75,7 +76,9 @@ def test_controls_share_seeds_and_the_configurations_of_other_stages() -> None:
     assert by_stage["repeatability"] < by_stage["controls"]
     for stage in ("controls", "controls_routers"):
         assert {config.seed for config in trials(stage)} == set(range(5))
-    assert len({config.router for config in trials("controls_routers")}) == 5
+    assert len({config.router for config in trials("controls_routers")}) == 6
+    both = by_stage["controls"] & by_stage["controls_routers"]
+    assert both == {trials("controls_routers")[0].fingerprint}  # its baseline runs beside its routers
 
 
 # --- the tables --------------------------------------------------------------------------------------------
@@ -337,7 +340,8 @@ def test_phases_make_no_claim_where_launches_bound_the_time(whole: Path) -> None
     assert claims["top-k, K=2"] == ""
     assert claims["top-k, K=1"] == claims["energy, K=2, λ=1"] == "fewer joules"
     assert (
-        "| decode, batch 1 | top-k, K=1 | 1.000 | – | – | – | – | – | none: time or repeatability not known |" in text
+        "| decode, batch 1 | top-k, K=1 | 1.000 | – | – | – | – | – | – | none: time or repeatability not known |"
+        in text
     )
 
 
@@ -378,7 +382,42 @@ def test_the_references_are_what_a_price_must_beat(whole: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("stage", ["repeatability", "controls", "phases"])
+def test_routers_are_paired_with_the_baseline_of_their_own_stage(tmp_path: Path) -> None:
+    """The other stage's baseline takes twice the joules here, and is the only one for the last seed."""
+    rng = np.random.default_rng(0)
+    routers = [config for config in trials("controls_routers") if config.seed < 4 or config.router != "energy"]
+    plain = routers[0].fingerprint
+    rows = rows_of("controls", trials("controls"), rng)
+    rows = [
+        dataclasses.replace(row, train_energy_j=2 * (row.train_energy_j or 0))
+        if row.config_fingerprint == plain
+        else row
+        for row in rows
+    ]
+    store = synthetic.write(tmp_path, [*rows, *rows_of("controls_routers", tuple(routers), rng)])
+    synthetic.write_anchors(store, *(synthetic.anchor(board, "start", 1e-3) for board in BOARDS))
+    found = study.load(tmp_path)
+    text = study.page(found, study.sections(found)).split("## Controls", 1)[1]
+    own, other = study_controls.sides(found, study_rows.named(found.stage(*study_controls.STAGES)))
+    assert [row["stage"] for row in other.groups[plain]] == ["controls_routers"] * 4 + ["controls"]
+    assert {row["stage"] for row in own.groups[plain]} == {"controls"}
+    assert (
+        numbers(line(text, "top-k, K=2", after="Means"))[0]
+        > 1.5 * numbers(line(text, "top-k, K=2 (controls_routers)", after="Means"))[0]
+    )
+    after = "Against no price"
+    lower = numbers(line(text, "top-k, K=1", after=after))
+    assert lower[2] == pytest.approx(100 * math.log(0.4), abs=4)  # a board is 4 % from the other
+    capacity = next(row for row in other.groups.values() if row[0]["router"] == "capacity")
+    four = study_rows.paired(capacity[:4], other.groups[plain], study_rows.log_total)
+    assert four is not None
+    assert four.mean == pytest.approx(0.0, abs=0.05)
+    assert "Stage controls: " in text
+    assert "Stage controls_routers: " in text
+    assert "adjusted for all candidates that its stage tried" in text
+
+
+@pytest.mark.parametrize("stage", ["repeatability", "controls", "controls_routers", "phases"])
 def test_a_stage_alone_is_told_and_the_others_are_missed(tmp_path: Path, stage: str) -> None:
     found = study.load(written(tmp_path, stage))
     text = study.page(found, study.sections(found))
