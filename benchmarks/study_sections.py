@@ -377,14 +377,18 @@ def epochs(study: Study) -> Section:
     ends = found.rows(members_only=False)
     known = [(end, {**trials[end["trial_id"]], "epochs": end["epochs"]}) for end in ends if end["trial_id"] in trials]
     names = data.named([row for _, row in known])
-    body = [
-        [
-            row["name"],
-            number(end["train_energy_j"]),
-            f"{end['eval_loss_nats']:.4f}",
-            "front" if end["on_front"] else "dominated",
-        ]
-        for (end, _), row in zip(known, names, strict=True)
-    ]
-    said = "One trial each passes through both ends; its joules are those of the trunk and of the end's own decay."
-    return Section(title=title, text=(said, markdown(("end", "J", "loss, nat/token", "place"), body)))
+    before = {(end["trial_id"], end["epochs"]): end for end, _ in known}
+    body = []
+    for (end, _), row in zip(known, names, strict=True):
+        fewer = before.get((end["trial_id"], end["epochs"] - 1))
+        ratio = fewer and 100 * math.log(end["train_energy_j"] / fewer["train_energy_j"])
+        bought = fewer and end["eval_loss_nats"] - fewer["eval_loss_nats"]
+        cells = [number(end["train_energy_j"]), f"{end['eval_loss_nats']:.4f}"]
+        cells += ["–" if ratio is None else f"{ratio:+.2f}", "–" if bought is None else f"{bought:+.4f}"]
+        body.append([row["name"], *cells, "front" if end["on_front"] else "dominated"])
+    said = (
+        "One trial each, of one seed, passes through all ends; an end's joules are those of the trunk and of its own "
+        "decay. Changes: from an epoch less, joules as a log ratio."
+    )
+    head = ("end", "J", "loss, nat/token", "joules, %", "loss, nat, change", "place")
+    return Section(title=title, text=(said, markdown(head, body)))

@@ -210,6 +210,20 @@ def test_effects_that_were_put_in_come_out(whole: Path) -> None:
     assert "orders 100.0% alike" in text
 
 
+def test_another_epoch_is_judged_for_dense_and_mixtures_alike(tmp_path: Path) -> None:
+    """Each end's joules and loss are those that were written; a second epoch takes as much as the first."""
+    found = study.load(written(tmp_path, "epochs"))
+    section = next(section for section in study.sections(found) if section.title == "Another epoch")
+    for name in ("dense", "top-k, K=1", "top-k, K=2", "energy, K=2, λ=1"):
+        row = next(row for row in section.text[1].splitlines() if row.startswith(f"| {name}, 2 epochs |"))
+        trial = next(row for row in study_rows.named(found.stage("epochs")) if row["name"].startswith(name))
+        _, loss, joules, change = numbers(row.replace(row.split("|")[2], " 0.0 "))
+        assert loss == pytest.approx(trial["eval_loss_nats"], abs=1e-4)
+        assert joules == pytest.approx(100 * math.log(2), abs=0.01)
+        assert change == pytest.approx(-0.5, abs=1e-3)
+        assert f"| {name}, 1 epoch |" in section.text[1]
+
+
 def test_dense_runs_stand_beside_the_front_that_they_dominate(whole: Path) -> None:
     found = study.load(whole)
     front = next(section for section in study.sections(found) if section.title == "The front")
