@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,31 +14,74 @@ from benchmarks import study_rows as data
 from benchmarks.study_rows import Mean, Row, Study
 from benchmarks.study_sections import NOT_RUN, Section, markdown, text
 from pipelines.chart import COLOURS, SHAPES, Axis, Chart, Key, Line, Point
-from pipelines.compare import Estimate, Pair, compare
+from pipelines.compare import MARGIN_NATS, Estimate, Pair, compare
 
 STAGES = ("controls", "controls_routers")
 #: A board that waits for work draws what the lowest twentieth of its samples draw.
 _WAITING = 5.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Side:
+    """One stage of the controls and what its configurations are held against: baselines of its own where it has them,
+    seed by seed, so that pairs may lie on one board; those of the other stage for the rest.
+
+    Attributes:
+        groups: every configuration, each seed once, this stage's rows before the other's.
+        own: keys of the configurations that are this stage's to judge, the cheapest first.
+        table: rows as `compare` takes them; of equal configuration and seed it keeps the first.
+    """
+
+    stage: str
+    groups: Mapping[str, list[Row]]
+    own: tuple[str, ...]
+    table: pa.Table
+
+    def again(self, sides: Sequence[Side]) -> list[str]:
+        """Keys of configurations that ran in this stage and are an earlier one's to judge."""
+        ran = {key for key, group in self.groups.items() if group[0]["stage"] == self.stage}
+        return [key for side in sides if side is not self for key in side.own if key in ran]
+
+
+def sides(study: Study, rows: Sequence[Row]) -> list[Side]:
+    """The stages that ran; a configuration of both is the first's to judge."""
+    ran = [name for name in STAGES if name in study.tables]
+    found, seen = [], set[str]()
+    for name in ran:
+        order = (name, *(other for other in ran if other != name))
+        once: dict[tuple[str, int], Row] = {}
+        for row in sorted(rows, key=lambda row: order.index(row["stage"])):
+            once.setdefault((row["config_fingerprint"], row["seed"]), row)
+        groups, table = data.by_config(once.values()), study.table(*order)
+        mine = {row["config_fingerprint"] for row in rows if row["stage"] == name} - seen
+        seen |= mine
+        own = sorted(mine, key=lambda key: float(np.mean([*map(data.log_joules, groups[key])])))
+        assert table is not None
+        found.append(Side(stage=name, groups=groups, own=tuple(own), table=table))
+    return found
+
+
+def _judged(both: Sequence[Side], without: Sequence[str]) -> list[tuple[Side, str]]:
+    """Every configuration but some, with the stage whose it is to judge."""
+    return [(side, key) for side in both for key in side.own if key not in without]
+
+
 def controls(study: Study) -> Section:
     """Means over seeds, differences from the references, verdicts of `compare`."""
     title = "Controls"
-    table, rows = study.table(*STAGES), data.named(study.stage(*STAGES))
-    if table is None:
+    rows = data.named(study.stage(*STAGES))
+    if not rows:
         return Section(title=title, text=(NOT_RUN,))
-    groups = dict(
-        sorted(data.by_config(rows).items(), key=lambda item: float(np.mean([*map(data.log_joules, item[1])])))
-    )
-    said = [_means(study, groups)]
+    both = sides(study, rows)
+    said = [_means(study, both)]
     for what, base in references(rows).items():
-        said.append(_differences(study, what, base, table, groups))
-    said += _at_equal_loss(study, rows, table, groups)
+        said.append(_differences(study, what, base, both))
+    said += _at_equal_loss(study, rows, both)
     switched = [row for row in rows if row["opening_active"] is not None]
     if switched:
         active = sum(row["opening_active"] for row in switched)
         said.append(f"Router `opening` chose sets in {active} of {len(switched)} trials (it routes as `energy` else).")
-    return Section(title=title, text=tuple(said), figures=_chart(rows, groups))
+    return Section(title=title, text=tuple(said), figures=_chart(rows, both))
 
 
 def references(rows: Sequence[Row]) -> dict[str, Row]:
@@ -59,10 +103,13 @@ def _widths(row: Row) -> Sequence[float]:
 # --- means -------------------------------------------------------------------------------------------------
 
 
-def _means(study: Study, groups: Mapping[str, list[Row]]) -> str:
+def _means(study: Study, both: Sequence[Side]) -> str:
     waiting = waiting_w(study, *STAGES)
+    shown = [(side.groups[key], "") for side, key in _judged(both, ())]
+    shown += [(_of_stage(side, key), f" ({side.stage})") for side in both for key in side.again(both)]
+    shown.sort(key=lambda group: float(np.mean([*map(data.log_joules, group[0])])))
     body = []
-    for group in groups.values():
+    for group, where in shown:
         columns = [
             Mean.of(row["train_energy_j"] for row in group),
             Mean.of(row["train_energy_j"] / row["tokens_trained"] for row in group),
@@ -70,11 +117,12 @@ def _means(study: Study, groups: Mapping[str, list[Row]]) -> str:
             Mean.of(row["eval_loss_nats"] for row in group),
             Mean.of(row["test_loss_nats"] for row in group),
         ]
-        shown = [
+        cells = [
             "–" if mean is None else mean.text(digits, scale=scale)
             for mean, scale, digits in zip(columns, (1.0, 1e3, 1e3, 1.0, 1.0), (0, 4, 4, 4, 4), strict=True)
         ]
-        body.append([group[0]["name"], str(len(group)), *shown, _mean_text(group, "mean_selected_width", 0)])
+        name, width = group[0]["name"] + where, _mean_text(group, "mean_selected_width", 0)
+        body.append([name, str(len(group)), *cells, width])
     head = (
         "configuration",
         "seeds",
@@ -91,6 +139,10 @@ def _means(study: Study, groups: Mapping[str, list[Row]]) -> str:
         f"({_waiting_words(study, waiting)}). Width: mean neurons that a token passes through per layer.\n\n"
         f"{markdown(head, body)}"
     )
+
+
+def _of_stage(side: Side, key: str) -> list[Row]:
+    return [row for row in side.groups[key] if row["stage"] == side.stage]
 
 
 def _mean_text(group: Sequence[Row], column: str, digits: int) -> str:
@@ -130,21 +182,36 @@ def _above(row: Row, waiting: Mapping[str, float]) -> float | None:
 # --- differences -------------------------------------------------------------------------------------------
 
 
-def _differences(study: Study, what: str, base: Row, table: pa.Table, groups: Mapping[str, list[Row]]) -> str:
+def _differences(study: Study, what: str, base: Row, both: Sequence[Side]) -> str:
     """Every configuration against one, seed by seed; the verdict is that of `joulemoe compare`, Holm-adjusted."""
     key = base["config_fingerprint"]
-    others = [other for other in groups if other != key]
-    if not others:
+    parts = [(side, [other for other in side.own if other != key]) for side in both]
+    parts = [(side, others) for side, others in parts if others]
+    if not parts:
         return f"Against {what}: {NOT_RUN.lower()}"
-    answer = compare(table, f"config_fingerprint={key}", f"config_fingerprint={'|'.join(others)}")
+    body = [row for side, others in parts for row in _against(study, side, key, others)]
+    places = []
+    for side, others in parts:
+        pairs = data.footing(study, [row for other in others for row in side.groups[other]], side.groups[key])
+        places.append(pairs if len(parts) == 1 else f"Stage {side.stage}: {pairs}")
+    tried = "candidates tried" if len(parts) == 1 else "candidates that its stage tried"
+    head = ("configuration", "seeds", "loss, nat", "joules, %", "above waiting, %", "p(losses differ)", "verdict")
+    return (
+        f"**Against {what}** ({base['name']}): differences paired by seed, with 95 % intervals; all joules of "
+        f"training, as a log ratio. {' '.join(places)} Losses within ±{MARGIN_NATS:g} nat count as equal; verdicts are "
+        f"adjusted for all {tried}.\n\n{markdown(head, body)}"
+    )
+
+
+def _against(study: Study, side: Side, key: str, others: Sequence[str]) -> list[list[str]]:
+    """Rows of the table of differences: configurations of one stage."""
+    answer = compare(side.table, f"config_fingerprint={key}", f"config_fingerprint={'|'.join(others)}")
     waiting, judged = waiting_w(study, *STAGES), answer.pairs if study.corrected else ()
     pairs = {pair.candidate["trial_id"].split("-s")[0]: pair for pair in judged}
-    body = []
-    for other in others:
-        group = groups[other]
-        loss = data.paired(group, groups[key], data.loss)
-        joules = data.paired(group, groups[key], data.log_total)
-        above = data.paired(group, groups[key], lambda row: _log_above(row, waiting))
+    base, body = side.groups[key], []
+    for group in (side.groups[other] for other in others):
+        loss, joules = data.paired(group, base, data.loss), data.paired(group, base, data.log_total)
+        above = data.paired(group, base, lambda row: _log_above(row, waiting))
         if loss is None or joules is None:
             continue
         pair = pairs.get(group[0]["trial_id"].split("-s")[0])
@@ -159,14 +226,7 @@ def _differences(study: Study, what: str, base: Row, table: pa.Table, groups: Ma
                 "–" if pair is None else _verdict(pair),
             ]
         )
-    where = data.footing(study, [row for group in groups.values() for row in group], groups[key])
-    head = ("configuration", "seeds", "loss, nat", "joules, %", "above waiting, %", "p(losses differ)", "verdict")
-    return (
-        f"**Against {what}** ({base['name']}): differences paired by seed, with 95 % intervals; all joules of "
-        f"training, as a log ratio. {where} Losses within ±{answer.margin_nats:g} nat count as equal; verdicts are "
-        "adjusted for all "
-        f"candidates tried.\n\n{markdown(head, body)}"
-    )
+    return body
 
 
 def _log_above(row: Row, waiting: Mapping[str, float]) -> float | None:
@@ -180,7 +240,7 @@ def _verdict(pair: Pair) -> str:
     return f"{pair.verdict} (p {pair.p_claim:.3f})"
 
 
-def _at_equal_loss(study: Study, rows: Sequence[Row], table: pa.Table, groups: Mapping[str, list[Row]]) -> list[str]:
+def _at_equal_loss(study: Study, rows: Sequence[Row], both: Sequence[Side]) -> list[str]:
     """Each configuration against lines between others: from lower to higher K, and from a dense epoch to the next."""
     if not study.corrected:
         return ["At equal loss: not judged, as joules of boards without an anchor do not compare."]
@@ -188,15 +248,13 @@ def _at_equal_loss(study: Study, rows: Sequence[Row], table: pa.Table, groups: M
     for what, keys in _lines(rows).items():
         if len(keys) < 2:
             continue
-        ends = " to ".join(groups[key][0]["name"] for key in keys)
+        ends = " to ".join(both[0].groups[key][0]["name"] for key in keys)
         body = []
-        for key, group in groups.items():
-            if key in keys:
-                continue
-            answer = compare(table, f"config_fingerprint={'|'.join(keys)}", f"config_fingerprint={key}")
+        for side, key in _judged(both, keys):
+            answer = compare(side.table, f"config_fingerprint={'|'.join(keys)}", f"config_fingerprint={key}")
             saving, loss = answer.saving_at_equal_loss, answer.loss_at_equal_joules
             if saving is not None or loss is not None:
-                body.append([group[0]["name"], _estimate(saving, 100, 1), _estimate(loss, 1, 4)])
+                body.append([side.groups[key][0]["name"], estimate(saving, 100, 1), estimate(loss, 1, 4)])
         if body:
             head = ("configuration", "joules saved at equal loss, %", "loss at equal joules, nat")
             found.append(
@@ -215,7 +273,8 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[str]]:
     return {"K without a price": by_k, "dense epochs": list(dict.fromkeys(row["config_fingerprint"] for row in dense))}
 
 
-def _estimate(value: Estimate | None, scale: float, digits: int) -> str:
+def estimate(value: Estimate | None, scale: float, digits: int) -> str:
+    """A mean with its interval where more than one seed gives one; a dash where it is not known."""
     if value is None:
         return "–"
     mean = f"{value.mean * scale:+.{digits}f}"
@@ -224,16 +283,17 @@ def _estimate(value: Estimate | None, scale: float, digits: int) -> str:
     return f"{mean} ({value.low * scale:+.{digits}f} to {value.high * scale:+.{digits}f})"
 
 
-def _chart(rows: Sequence[Row], groups: Mapping[str, list[Row]]) -> tuple[Chart, ...]:
+def _chart(rows: Sequence[Row], both: Sequence[Side]) -> tuple[Chart, ...]:
     """Loss against joules, both as differences from no price."""
     known: dict[str, Any] = references(rows)
     if "no price" not in known:
         return ()
-    base = groups[known["no price"]["config_fingerprint"]]
+    plain = known["no price"]["config_fingerprint"]
     points, labels = [], []
-    for group in groups.values():
+    for side, key in _judged(both, (plain,)):
+        group, base = side.groups[key], side.groups[plain]
         loss, joules = data.paired(group, base, data.loss), data.paired(group, base, data.log_total)
-        if group is base or loss is None or joules is None:
+        if loss is None or joules is None:
             continue
         points.append((group[0], joules, loss))
         labels.append(group[0]["name"])
@@ -241,7 +301,7 @@ def _chart(rows: Sequence[Row], groups: Mapping[str, list[Row]]) -> tuple[Chart,
     return (
         Chart(
             id="controls",
-            title=f"Controls against {base[0]['name']}",
+            title=f"Controls against {known['no price']['name']}",
             alt=f"{len(points)} configurations: change of loss against change of training joules, with intervals.",
             x=Axis(title="training joules, change (%, log ratio)"),
             y=Axis(title="validation loss, change (nat/token)"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import study_rows as data
+from benchmarks.study_dense import Beside
 from benchmarks.study_rows import Mean, Row, Study
 from pipelines.chart import Axis, Chart, Figure, Key, Line, Point
 from pipelines.pareto import Front, pareto_front
@@ -194,11 +195,14 @@ def front(study: Study) -> Section:
     found = pareto_front(table)
     said = [f"{len(found)} of {len(found.on_front_N)} configurations are not dominated."]
     said.append(_members(found, rows))
+    dense = Beside.of(study, found, list(rows.values()))
+    if dense.runs:
+        said.append(dense.text())
     said.append("\n".join(f"* {line}" for line in front_lines(found)))
     effects = _regularizers(list(rows.values()))
     if effects:
         said.append(effects)
-    return Section(title="The front", text=tuple(said), figures=(_front_chart(found, rows, "front"),))
+    return Section(title="The front", text=tuple(said), figures=(_front_chart(found, rows, "front", dense),))
 
 
 def members(study: Study) -> Section:
@@ -239,10 +243,11 @@ def members(study: Study) -> Section:
         f"{data.footing(study, rows, base)}"
     )
     told = f"{stay} of {len(chosen & set(places))} members that ran again are undominated on test (●: was a member)."
+    dense = Beside.of(study, found, rows)
     return Section(
         title=title,
-        text=(said, markdown(head, body), told),
-        figures=(_front_chart(found, {row["trial_id"]: row for row in rows}, "members"),),
+        text=(said, markdown(head, body), told, *([dense.text()] if dense.runs else [])),
+        figures=(_front_chart(found, {row["trial_id"]: row for row in rows}, "members", dense),),
     )
 
 
@@ -313,7 +318,7 @@ def _rest(row: Row) -> tuple[Any, ...]:
     return (config["router"], config["top_k"], config["energy_lambda"], tuple(config["expert_width_factors"] or ()))
 
 
-def _front_chart(found: Front, rows: dict[str, Row], name: str) -> Chart:
+def _front_chart(found: Front, rows: dict[str, Row], name: str, dense: Beside) -> Chart:
     look = Look.of(list(rows.values()))
     x, y = (axis.column for axis in found.objectives)
     points = []
@@ -334,17 +339,19 @@ def _front_chart(found: Front, rows: dict[str, Row], name: str) -> Chart:
             )
         )
     order = found.order()
+    beaten = f" Dense runs dominate {int(dense.dominated_F.sum())} of them." if dense.runs else ""
     stairs = Line(x=found.mean_NM[order, 0].tolist(), y=found.mean_NM[order, 1].tolist(), step=True, tip="front")
     return Chart(
         id=name,
         title="Loss against training energy",
-        alt=f"{len(found)} of {len(found.on_front_N)} configurations are on the front.",
+        alt=f"{len(found)} of {len(found.on_front_N)} configurations are on the front.{beaten}",
         x=Axis(title=title_of(x, modelled=found.modelled)),
         y=Axis(title=title_of(y, modelled=False)),
-        points=tuple(points),
-        lines=(stairs,),
+        points=(*points, *dense.points()),
+        lines=(stairs, *dense.lines()),
         legend=(
             Key(label="front", kind="line"),
+            *dense.legend(),
             *look.legend(),
             Key(label="equal experts", kind="point"),
             Key(label="dominated", kind="point", strong=False),
@@ -370,14 +377,18 @@ def epochs(study: Study) -> Section:
     ends = found.rows(members_only=False)
     known = [(end, {**trials[end["trial_id"]], "epochs": end["epochs"]}) for end in ends if end["trial_id"] in trials]
     names = data.named([row for _, row in known])
-    body = [
-        [
-            row["name"],
-            number(end["train_energy_j"]),
-            f"{end['eval_loss_nats']:.4f}",
-            "front" if end["on_front"] else "dominated",
-        ]
-        for (end, _), row in zip(known, names, strict=True)
-    ]
-    said = "One trial each passes through both ends; its joules are those of the trunk and of the end's own decay."
-    return Section(title=title, text=(said, markdown(("end", "J", "loss, nat/token", "place"), body)))
+    before = {(end["trial_id"], end["epochs"]): end for end, _ in known}
+    body = []
+    for (end, _), row in zip(known, names, strict=True):
+        fewer = before.get((end["trial_id"], end["epochs"] - 1))
+        ratio = fewer and 100 * math.log(end["train_energy_j"] / fewer["train_energy_j"])
+        bought = fewer and end["eval_loss_nats"] - fewer["eval_loss_nats"]
+        cells = [number(end["train_energy_j"]), f"{end['eval_loss_nats']:.4f}"]
+        cells += ["–" if ratio is None else f"{ratio:+.2f}", "–" if bought is None else f"{bought:+.4f}"]
+        body.append([row["name"], *cells, "front" if end["on_front"] else "dominated"])
+    said = (
+        "One trial each, of one seed, passes through all ends; an end's joules are those of the trunk and of its own "
+        "decay. Changes: from an epoch less, joules as a log ratio."
+    )
+    head = ("end", "J", "loss, nat/token", "joules, %", "loss, nat, change", "place")
+    return Section(title=title, text=(said, markdown(head, body)))

@@ -15,7 +15,7 @@ from rich.console import Console
 from hwcost.cpu import SettingError
 from pipelines import cli_analysis, cli_models
 from pipelines.config import ConfigError, StorageError, TrialConfig
-from tune_spaces import Space, SpaceError, find_space, load_space
+from tune_spaces import RepeatedKeyError, Space, SpaceError, find_space, load_space, read_yaml
 
 if TYPE_CHECKING:
     from pipelines.plan import SweepPlan
@@ -291,7 +291,9 @@ def _overrides(settings: list[str] | None, **named: str | None) -> dict[str, Any
         if not equals:
             raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
         try:
-            values[key] = yaml.safe_load(value)
+            values[key] = read_yaml(value)
+        except RepeatedKeyError as error:
+            raise ConfigError(f"--set {key}: {error}") from None
         except yaml.YAMLError:  # a glob such as *.txt
             values[key] = value
     return values | {key: value for key, value in named.items() if value is not None}
@@ -299,10 +301,12 @@ def _overrides(settings: list[str] | None, **named: str | None) -> dict[str, Any
 
 def _yaml_mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"config {path}: expected a readable YAML file, got {reason}") from None
+    except RepeatedKeyError as error:
+        raise ConfigError(f"config {path}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: expected YAML, got {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import ConfigError, TrialConfig
+from tune_spaces import RepeatedKeyError, read_yaml
 
 if TYPE_CHECKING:
     from pipelines.adapting import Window
@@ -297,7 +297,10 @@ def _values(
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = read_yaml(value)
+        except RepeatedKeyError as error:
+            raise ConfigError(f"--set {key}: {error}") from None
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import mixed_corpus, study, study_members, study_phases, study_rows
+from benchmarks import mixed_corpus, study, study_controls, study_members, study_phases, study_rows
 from benchmarks.study_controls import references
 from benchmarks.study_rows import STAGES, Mean, Spread
 from benchmarks.trained import texts
@@ -78,7 +79,9 @@ def test_controls_share_seeds_and_the_configurations_of_other_stages() -> None:
     assert by_stage["repeatability"] < by_stage["controls"]
     for stage in ("controls", "controls_routers"):
         assert {config.seed for config in trials(stage)} == set(range(5))
-    assert len({config.router for config in trials("controls_routers")}) == 5
+    assert len({config.router for config in trials("controls_routers")}) == 6
+    both = by_stage["controls"] & by_stage["controls_routers"]
+    assert both == {trials("controls_routers")[0].fingerprint}  # its baseline runs beside its routers
 
 
 # --- the tables --------------------------------------------------------------------------------------------
@@ -210,6 +213,49 @@ def test_effects_that_were_put_in_come_out(whole: Path) -> None:
     assert "orders 100.0% alike" in text
 
 
+def test_another_epoch_is_judged_for_dense_and_mixtures_alike(tmp_path: Path) -> None:
+    """Each end's joules and loss are those that were written; a second epoch takes as much as the first."""
+    found = study.load(written(tmp_path, "epochs"))
+    section = next(section for section in study.sections(found) if section.title == "Another epoch")
+    for name in ("dense", "top-k, K=1", "top-k, K=2", "energy, K=2, λ=1"):
+        row = next(row for row in section.text[1].splitlines() if row.startswith(f"| {name}, 2 epochs |"))
+        trial = next(row for row in study_rows.named(found.stage("epochs")) if row["name"].startswith(name))
+        _, loss, joules, change = numbers(row.replace(row.split("|")[2], " 0.0 "))
+        assert loss == pytest.approx(trial["eval_loss_nats"], abs=1e-4)
+        assert joules == pytest.approx(100 * math.log(2), abs=0.01)
+        assert change == pytest.approx(-0.5, abs=1e-3)
+        assert f"| {name}, 1 epoch |" in section.text[1]
+
+
+def test_dense_runs_stand_beside_the_front_that_they_dominate(whole: Path) -> None:
+    found = study.load(whole)
+    front = next(section for section in study.sections(found) if section.title == "The front")
+    dense = [row for row in found.stage("controls") if row["router"] == "dense" and row["epochs"] == 1]
+    joules, loss = (float(np.mean([row[key] for row in dense])) for key in ("train_energy_j", "eval_loss_nats"))
+    told = next(part for part in front.text if part.startswith("Dense, of the controls"))
+    assert f"* dense: {joules:.0f} ± " in told
+    assert "(5 seeds)" in told
+    members = [[cell.split(" ±")[0] for cell in line.split("|")[2:4]] for line in front.text[1].splitlines()[2:]]
+    worse = [x for x, y in members if float(x) > joules and float(y) > loss]
+    assert 0 < len(worse) < len(members)
+    assert f"dominates {len(worse)} of {len(members)} members" in told
+    (chart,) = front.figures
+    assert isinstance(chart, Chart)
+    assert [point.tip for point in chart.points[-2:]] == ["dense", "dense, 2 epochs"]
+    assert chart.points[-2].x == pytest.approx(joules)
+    assert any(key.label == "dense, of the controls" for key in chart.legend)
+
+
+def test_a_front_without_controls_shows_no_dense_runs(tmp_path: Path) -> None:
+    found = study.load(written(tmp_path, "front"))
+    front = next(section for section in study.sections(found) if section.title == "The front")
+    assert not any("ense" in part for part in front.text)
+    (chart,) = front.figures
+    assert isinstance(chart, Chart)
+    assert not any("dense" in key.label for key in chart.legend)
+    assert len(chart.lines) == 1
+
+
 def test_the_fronts_members_and_neighbours_run_again_with_seeds_of_their_own(whole: Path) -> None:
     planned = second_look(whole)
     assert {config.seed for config in planned} == {1, 2, 3, 4, 5}  # the front has seed 0
@@ -312,7 +358,8 @@ def test_phases_make_no_claim_where_launches_bound_the_time(whole: Path) -> None
     assert claims["top-k, K=2"] == ""
     assert claims["top-k, K=1"] == claims["energy, K=2, λ=1"] == "fewer joules"
     assert (
-        "| decode, batch 1 | top-k, K=1 | 1.000 | – | – | – | – | – | none: time or repeatability not known |" in text
+        "| decode, batch 1 | top-k, K=1 | 1.000 | – | – | – | – | – | – | none: time or repeatability not known |"
+        in text
     )
 
 
@@ -353,7 +400,42 @@ def test_the_references_are_what_a_price_must_beat(whole: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("stage", ["repeatability", "controls", "phases"])
+def test_routers_are_paired_with_the_baseline_of_their_own_stage(tmp_path: Path) -> None:
+    """The other stage's baseline takes twice the joules here, and is the only one for the last seed."""
+    rng = np.random.default_rng(0)
+    routers = [config for config in trials("controls_routers") if config.seed < 4 or config.router != "energy"]
+    plain = routers[0].fingerprint
+    rows = rows_of("controls", trials("controls"), rng)
+    rows = [
+        dataclasses.replace(row, train_energy_j=2 * (row.train_energy_j or 0))
+        if row.config_fingerprint == plain
+        else row
+        for row in rows
+    ]
+    store = synthetic.write(tmp_path, [*rows, *rows_of("controls_routers", tuple(routers), rng)])
+    synthetic.write_anchors(store, *(synthetic.anchor(board, "start", 1e-3) for board in BOARDS))
+    found = study.load(tmp_path)
+    text = study.page(found, study.sections(found)).split("## Controls", 1)[1]
+    own, other = study_controls.sides(found, study_rows.named(found.stage(*study_controls.STAGES)))
+    assert [row["stage"] for row in other.groups[plain]] == ["controls_routers"] * 4 + ["controls"]
+    assert {row["stage"] for row in own.groups[plain]} == {"controls"}
+    assert (
+        numbers(line(text, "top-k, K=2", after="Means"))[0]
+        > 1.5 * numbers(line(text, "top-k, K=2 (controls_routers)", after="Means"))[0]
+    )
+    after = "Against no price"
+    lower = numbers(line(text, "top-k, K=1", after=after))
+    assert lower[2] == pytest.approx(100 * math.log(0.4), abs=4)  # a board is 4 % from the other
+    capacity = next(row for row in other.groups.values() if row[0]["router"] == "capacity")
+    four = study_rows.paired(capacity[:4], other.groups[plain], study_rows.log_total)
+    assert four is not None
+    assert four.mean == pytest.approx(0.0, abs=0.05)
+    assert "Stage controls: " in text
+    assert "Stage controls_routers: " in text
+    assert "adjusted for all candidates that its stage tried" in text
+
+
+@pytest.mark.parametrize("stage", ["repeatability", "controls", "controls_routers", "phases"])
 def test_a_stage_alone_is_told_and_the_others_are_missed(tmp_path: Path, stage: str) -> None:
     found = study.load(written(tmp_path, stage))
     text = study.page(found, study.sections(found))

@@ -7,6 +7,7 @@ from tune_spaces.loader import (
     Grid,
     IntRange,
     LogUniform,
+    RepeatedKeyError,
     Space,
     SpaceError,
     Uniform,
@@ -14,6 +15,7 @@ from tune_spaces.loader import (
     find_space,
     load_space,
     parse_space,
+    read_yaml,
     shipped_spaces,
 )
 
@@ -24,6 +26,7 @@ __all__ = [
     "Grid",
     "IntRange",
     "LogUniform",
+    "RepeatedKeyError",
     "Space",
     "SpaceError",
     "Uniform",
@@ -31,5 +34,6 @@ __all__ = [
     "find_space",
     "load_space",
     "parse_space",
+    "read_yaml",
     "shipped_spaces",
 ]

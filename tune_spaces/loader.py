@@ -31,6 +31,26 @@ class SpaceError(ValueError):
     """A space file that cannot be read: one line with the key, what was expected and what was got."""
 
 
+class RepeatedKeyError(yaml.YAMLError):
+    """A mapping that gives a key twice, of which YAML would take the last without a word."""
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Safe YAML in which a key stands once in its mapping; keys that `<<` merges in may be given anew."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            before = first.setdefault((key.tag, key.value), key)
+            if before is not key:
+                lines = f"lines {before.start_mark.line + 1} and {key.start_mark.line + 1}"
+                raise RepeatedKeyError(f"{key.value}: expected a key once in a mapping, got it twice ({lines})")
+        return node
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """Every one of these values is tried."""
@@ -142,6 +162,15 @@ class Space:
         return point
 
 
+def read_yaml(text: str) -> Any:
+    """The value that a YAML text stands for.
+
+    Raises:
+        yaml.YAMLError: it is no YAML; of these `RepeatedKeyError` where a mapping gives a key twice, in one line.
+    """
+    return yaml.load(text, Loader=_OnceLoader)
+
+
 def load_space(path: str | Path) -> Space:
     """Read and check a space file.
 
@@ -155,7 +184,9 @@ def load_space(path: str | Path) -> Space:
         reason = getattr(error, "strerror", None) or error
         raise SpaceError(f"space {path}: expected a readable YAML file, got {reason}") from None
     try:
-        document = yaml.safe_load(text)
+        document = read_yaml(text)
+    except RepeatedKeyError as error:
+        raise SpaceError(f"space {path}: {error}") from None
     except yaml.YAMLError as error:
         raise SpaceError(f"space {path}: expected YAML, got {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):

@@ -42,6 +42,7 @@ BAD: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["--data", "EMPTY", "--tokenizer", "embedded"], "data: expected text, got an empty file"),
     ({}, ["--data", "SHORT", "--tokenizer", "embedded"], "data: expected at least one block of 64 tokens"),
     ({}, ["--set", "epochs"], "--set: expected KEY=VALUE, got 'epochs'"),
+    ({}, ["--set", "top_k={grid: [1], grid: [2]}"], "--set top_k: grid: expected a key once in a mapping"),
     ({}, ["--search", "magic"], "search: expected one of grid"),
     (SEARCHED, ["--search", "tpe", "--seeds", "3"], "--seeds: expected 1 with search tpe"),
     (SEARCHED, ["--search", "cost-aware", "--seeds", "2"], "--seeds: expected 1 with search cost-aware"),
@@ -93,6 +94,16 @@ def test_a_space_without_trials_is_refused(
 ) -> None:
     assert joulemoe(monkeypatch, "sweep", space_file(tmp_path, {}), "--out", str(tmp_path / "out")) == 2
     assert "trial: expected the keys of a trial" in capsys.readouterr().err
+
+
+def test_a_config_that_gives_a_key_twice_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.yaml").write_text("seed: 1\ntop_k: 2\nseed: 3\n")
+    assert joulemoe(monkeypatch, "trial", str(tmp_path / "t.yaml")) == 2
+    error = capsys.readouterr().err
+    assert "t.yaml: seed: expected a key once in a mapping, got it twice (lines 1 and 3)" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without a GPU")

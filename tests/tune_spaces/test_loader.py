@@ -152,6 +152,8 @@ trial:
         ("trial: {a: 1}\nsweep: {objectives: 3}", "sweep.objectives: expected a list of columns, got 3"),
         ("- 1", "expected keys 'trial'"),
         ("a: [", "expected YAML"),
+        ("trial:\n  a: 1\n  b: 2\n  a: 3", "a: expected a key once in a mapping, got it twice (lines 2 and 4)"),
+        ("trial: {case: {grid: [{r: x}, {s: 1, s: 1}]}}", "s: expected a key once in a mapping, got it twice"),
     ],
 )
 def test_a_wrong_form_is_named_in_one_line(tmp_path: Path, text: str, said: str) -> None:
@@ -159,6 +161,16 @@ def test_a_wrong_form_is_named_in_one_line(tmp_path: Path, text: str, said: str)
         load_space(write(tmp_path, text))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_that_are_merged_in_may_be_given_anew(tmp_path: Path) -> None:
+    text = """
+trial:
+  a: {grid: [{in: &first {x: 1, y: 1}}, {in: {same: &second {<<: *first, y: 2}}}]}
+  b: {grid: [{<<: *second, x: 3}]}
+"""
+    space = load_space(write(tmp_path, text))
+    assert space.domains["b"] == Grid(({"x": 3, "y": 2},))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
