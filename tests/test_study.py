@@ -275,6 +275,10 @@ def test_dense_runs_stand_beside_the_front_that_they_dominate(whole: Path) -> No
     worse = [x for x, y in members if float(x) > joules and float(y) > loss]
     assert 0 < len(worse) < len(members)
     assert f"dominates {len(worse)} of {len(members)} members" in told
+    spreads = study_rows.joules_spread(found, over_boards=True), study_rows.loss_spread(found)
+    of_joules, of_loss = (3 * spread.value for spread in spreads if spread is not None)
+    clear = [x for x, y in members if float(x) > joules * math.exp(of_joules) and float(y) > loss + of_loss]
+    assert f", {len(clear)} by three times the A/A spreads or more on both axes" in told
     (chart,) = front.figures
     assert isinstance(chart, Chart)
     assert [point.tip for point in chart.points[-2:]] == ["dense", "dense, 2 epochs"]
