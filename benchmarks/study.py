@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import study_controls, study_phases, study_sections, study_test_time
+from benchmarks import study_controls, study_long, study_phases, study_sections, study_test_time
 from benchmarks.study_rows import Study, load
 from benchmarks.study_sections import Section
 from pipelines import figures
@@ -26,6 +26,7 @@ SECTIONS: tuple[Callable[[Study], Section], ...] = (
     study_sections.members,
     study_sections.epochs,
     study_controls.controls,
+    study_long.long,
     study_phases.phases,
     study_test_time.adapting,
     study_test_time.opening,

@@ -32,10 +32,12 @@ class Beside:
     Attributes:
         member_F2: members' joules and losses.
         runs: dense runs; none where the controls have none, or where joules of boards do not compare.
+        spreads: A/A spreads of joules (relative) and of loss; None where they are not known.
     """
 
     member_F2: np.ndarray
     runs: tuple[Dense, ...]
+    spreads: tuple[float, float] | None
 
     @classmethod
     def of(cls, study: Study, found: Front, rows: Sequence[Row]) -> Beside:
@@ -52,11 +54,16 @@ class Beside:
             joules, loss = Mean.of(scale * row[x] for row in group), Mean.of(row[y] for row in group)
             if joules is not None and loss is not None:
                 runs.append(Dense(name=group[0]["name"], x=joules, y=loss))
-        return cls(member_F2=found.mean_NM[found.order()], runs=tuple(sorted(runs, key=lambda run: run.x.mean)))
+        runs.sort(key=lambda run: run.x.mean)
+        spread, of_loss = data.joules_spread(study, over_boards=True), data.loss_spread(study)
+        spreads = None if spread is None or of_loss is None else (spread.value, of_loss.value)
+        return cls(member_F2=found.mean_NM[found.order()], runs=tuple(runs), spreads=spreads)
 
-    def dominated_by(self, run: Dense) -> np.ndarray:
-        """Which members take no fewer joules and have no less loss than a run."""
-        return (self.member_F2[:, 0] >= run.x.mean) & (self.member_F2[:, 1] >= run.y.mean)
+    def dominated_by(self, run: Dense, times: float = 0.0) -> np.ndarray:
+        """Which members take no fewer joules and have no less loss than a run, by so many times the spreads."""
+        of_joules, of_loss = (times * spread for spread in self.spreads or (0.0, 0.0))
+        more_F = np.log(self.member_F2[:, 0] / run.x.mean) >= of_joules
+        return more_F & (self.member_F2[:, 1] >= run.y.mean + of_loss)
 
     @property
     def dominated_F(self) -> np.ndarray:
@@ -86,7 +93,7 @@ class Beside:
             f"{int(self.dominated_by(run).sum())} of {count} members"
             for run in self.runs
         ]
-        told = f"Dense runs dominate {int(self.dominated_F.sum())} of {count} members."
+        told = f"Dense runs dominate {int(self.dominated_F.sum())} of {count} members{self._clearly()}."
         if self.between_F.any():
             joules, loss = self.member_F2[self.between_F].T
             above = int((loss > self.line(joules)).sum())
@@ -98,6 +105,13 @@ class Beside:
         told += f" {cheaper} take fewer joules than any dense run." if cheaper else ""
         head = "Dense, of the controls (means with 95 % intervals over seeds; one epoch where nothing else is said):"
         return "\n\n".join((head, "\n".join(said), told))
+
+    def _clearly(self) -> str:
+        """A member is often of one seed: how many are dominated by more than that explains."""
+        if self.spreads is None:
+            return ""
+        clear_F = np.any([self.dominated_by(run, 3.0) for run in self.runs], axis=0)
+        return f", {int(clear_F.sum())} by three times the A/A spreads or more on both axes"
 
     def points(self) -> tuple[Point, ...]:
         """Marks of the dense runs."""

@@ -274,19 +274,21 @@ def _predictions(rows: Sequence[Row]) -> dict[str, list[float | None]]:
 
 
 def _signs(known: Sequence[tuple[Row, float]], spread: data.Spread | None) -> str:
-    """Share of pairs of configurations that the model orders as the meter does, where the meter tells them apart."""
+    """Share of pairs on one text that the model orders as the meter does, where the meter tells them apart."""
     if spread is None:
         return "Signs of differences: not known without an A/A."
-    measured: dict[str, list[float]] = {}
-    model: dict[str, list[float]] = {}
+    measured: dict[tuple[str, str], list[float]] = {}
+    model: dict[tuple[str, str], list[float]] = {}
+    kind = {}
     for row, value in known:
-        measured.setdefault(row["config_fingerprint"], []).append(data.log_joules(row))
-        model.setdefault(row["config_fingerprint"], []).append(np.log(value / row["tokens_trained"]))
-    kind = {row["config_fingerprint"]: (row["router"] == "dense", row["top_k"]) for row, _ in known}
+        key = (row["corpus_fingerprint"], row["config_fingerprint"])
+        measured.setdefault(key, []).append(data.log_joules(row))
+        model.setdefault(key, []).append(np.log(value / row["tokens_trained"]))
+        kind[key] = (row["router"] == "dense", row["top_k"])
     alike: dict[bool, list[bool]] = {True: [], False: []}  # by whether both have the same K
     for one, other in itertools.combinations(sorted(measured), 2):
         change = float(np.mean(measured[one]) - np.mean(measured[other]))
-        if abs(change) > spread.value:
+        if one[0] == other[0] and abs(change) > spread.value:
             agrees = (np.mean(model[one]) - np.mean(model[other])) * change > 0
             alike[kind[one] == kind[other]].append(bool(agrees))
     every = alike[True] + alike[False]

@@ -25,7 +25,10 @@ from pipelines.records import AnchorRecord, EpochRecord, PointRecord, PowerRecor
 #: Stages in the order in which they run; a sweep's id is its stage's name, or begins with it and a dash.
 STAGES = (
     "pretrain", "repeatability", "front", "members", "epochs", "controls", "controls_routers", "phases", "collapse",
+    "long",
 )  # fmt: skip
+#: Stages on text of their own: their losses compare with no other stage's.
+OTHER_TEXT = ("long",)
 #: JSON beside the Parquet, of benchmarks that are no sweeps.
 FILES = ("adapt", "opening")
 AXES = ("train_energy_j", "eval_loss_nats")
@@ -111,12 +114,17 @@ def load(folder: str | os.PathLike[str]) -> Study:
     stage_of = {sweep_id: stage(sweep_id) for sweep_id in pc.unique(table["sweep_id"]).to_pylist()}
     attempts = tuple({**row, "stage": stage_of[row["sweep_id"]]} for row in table.to_pylist())
     judged = [sweep_id for sweep_id, name in stage_of.items() if name not in (None, "pretrain")]
-    context = hygiene.clean(_of(table, judged), AXES).context
+    usual = [sweep_id for sweep_id in judged if stage_of[sweep_id] not in OTHER_TEXT]
+    context = hygiene.clean(_of(table, usual or judged), AXES).context
     tables, left_out = {}, {}
     for name in STAGES[1:]:
         found = _of(table, [sweep_id for sweep_id in judged if stage_of[sweep_id] == name])
         if found.num_rows:
-            cleaned = hygiene.clean(found, AXES, context=context)
+            wanted = context
+            if name in OTHER_TEXT:
+                own = hygiene.clean(found, AXES).context.corpus_fingerprint
+                wanted = dataclasses.replace(context, corpus_fingerprint=own)
+            cleaned = hygiene.clean(found, AXES, context=wanted)
             left_out[name] = tuple(f"{left.count} × {left.reason}" for left in cleaned.left_out)
             if cleaned.table.num_rows:
                 tables[name] = cleaned.table
@@ -192,6 +200,8 @@ def parts(row: Row) -> dict[str, str]:
             said["temperature"] = f"τ={config['temperature']:g}"
         if config["bias_balance_rate"]:
             said["bias"] = f"bias balancing {config['bias_balance_rate']:g}"
+    if config["max_train_tokens"] is not None:
+        said["tokens"] = f"{config['max_train_tokens'] / 1e6:g} M tokens"
     said["epochs"] = f"{row['epochs']} epochs" if row["epochs"] != 1 else "1 epoch"
     return said
 

@@ -176,7 +176,7 @@ def _effects(study: Study, rows: Sequence[Row], joules: float, losses: float) ->
 
 
 def _same_trials(study: Study) -> tuple[data.Spread, data.Spread] | None:
-    rows = [row for stage in data.STAGES for row in study.stage(stage)]
+    rows = [row for stage in data.STAGES if stage not in data.OTHER_TEXT for row in study.stage(stage)]
     keys = ("config_fingerprint", "seed", "gpu_uuid")
     joules = data.Spread.of(data.cells(rows, data.log_joules, *keys))
     losses = data.Spread.of(data.cells(rows, data.loss, *keys))

@@ -96,6 +96,8 @@ def rows_of(stage: str, configs: tuple[TrialConfig, ...], rng: np.random.Generat
         joules *= {1: 0.8, 2: 1.0, 4: 1.5}[config.top_k] if not config.is_dense else 0.7
         joules *= 0.9 if config.price_acts else 1.0
         loss = 3.5 - 0.05 * math.log2(config.top_k) - 0.03 * config.epochs + 0.02 * config.price_acts
+        share = 1.0 if config.max_train_tokens is None else 0.5
+        joules, loss = joules * share, loss + 0.16 * (1 - share) - (stage == "long")
         joules *= 1 + 0.002 * rng.standard_normal()
         decode = {f"decode_j_per_token_b{b}": 0.1 / b for b in config.decode_batches}
         made.append(
@@ -108,8 +110,9 @@ def rows_of(stage: str, configs: tuple[TrialConfig, ...], rng: np.random.Generat
                 train_energy_dynamic_j=None,
                 total_energy_j=1.5 * joules,
                 modelled_train_energy_j=1.1 * 1.02 * joules / factor,  # of the mean board
-                tokens_trained=1_000_000 * config.epochs,
-                train_j_per_token=joules / 1e6 / config.epochs,
+                tokens_trained=int(1_000_000 * config.epochs * share),
+                train_j_per_token=joules / 1e6 / config.epochs / share,
+                corpus_fingerprint="mixed" if stage == "long" else "corpus",
                 eval_loss_nats=loss + 0.001 * rng.standard_normal(),
                 test_loss_nats=loss + 0.1 + 0.001 * rng.standard_normal(),
                 train_duration_s=joules / 600,
@@ -213,6 +216,42 @@ def test_effects_that_were_put_in_come_out(whole: Path) -> None:
     assert "orders 100.0% alike" in text
 
 
+def test_more_text_holds_mixtures_against_the_dense_line_of_its_own(tmp_path: Path) -> None:
+    """At the loss of K = 1 (0.05 nat above dense) the line of dense runs is 3/8 of the way from half to all tokens."""
+    found = study.load(written(tmp_path, "repeatability", "long"))
+    section = next(section for section in study.sections(found) if section.title == "More text")
+    said, table, told = section.text
+    assert "(dense, 15 M tokens to dense to dense, 2 epochs)" in said
+    rows = {name.strip(): cells for _, name, *cells, _ in (row.split("|") for row in table.splitlines())}
+    assert [cell.strip() for cell in rows["dense"][5:]] == ["–"] * 5
+    loss, times, joules, _, saved = (float(cell) for cell in rows["top-k, K=1, 8×1"][5:])
+    assert loss == pytest.approx(0.05, abs=0.005)
+    spread = study_rows.loss_spread(found)
+    assert spread is not None
+    assert times == pytest.approx(loss / spread.value, abs=0.1)
+    assert joules == pytest.approx(100 * math.log(0.8 / 0.7), abs=1)
+    assert saved == pytest.approx(100 * (1 - 0.8 / (0.35 * 2 ** (3 / 8))), abs=4)
+    half = [float(cell) for cell in rows["dense, 15 M tokens"][:2] + rows["dense, 15 M tokens"][5:9:2]]
+    assert half == pytest.approx([0.5, 357, 0.08, -100 * math.log(2)], rel=0.05)
+    assert re.search(r"dominates [1-4] of 4 mixtures", told)
+
+
+def test_losses_on_other_text_enter_no_other_stage(tmp_path: Path) -> None:
+    """The same experiments by name, seed and board, on text of which every loss is 1 nat lower."""
+    stages = ("repeatability", "front", "controls")
+    without, beside = (
+        study.load(written(tmp_path / name, *stages, *more)) for name, more in (("a", []), ("b", ["long"]))
+    )
+    assert without.context == beside.context
+    assert len(beside.stage("long")) == 7
+    names = ("cost", "long", "modelled")
+    for section in (one for one in study.SECTIONS if one.__name__ not in names):
+        assert section(without) == section(beside), section.__name__
+    pairs = [re.findall(r"Of (\d+) pairs", " ".join(study_phases.modelled(one).text)) for one in (without, beside)]
+    mixed = len(beside.stage("long"))
+    assert all(int(a) <= int(b) <= int(a) + mixed * (mixed - 1) / 2 for a, b in zip(*pairs, strict=True))
+
+
 def test_another_epoch_is_judged_for_dense_and_mixtures_alike(tmp_path: Path) -> None:
     """Each end's joules and loss are those that were written; a second epoch takes as much as the first."""
     found = study.load(written(tmp_path, "epochs"))
@@ -239,6 +278,10 @@ def test_dense_runs_stand_beside_the_front_that_they_dominate(whole: Path) -> No
     worse = [x for x, y in members if float(x) > joules and float(y) > loss]
     assert 0 < len(worse) < len(members)
     assert f"dominates {len(worse)} of {len(members)} members" in told
+    spreads = study_rows.joules_spread(found, over_boards=True), study_rows.loss_spread(found)
+    of_joules, of_loss = (3 * spread.value for spread in spreads if spread is not None)
+    clear = [x for x, y in members if float(x) > joules * math.exp(of_joules) and float(y) > loss + of_loss]
+    assert f", {len(clear)} by three times the A/A spreads or more on both axes" in told
     (chart,) = front.figures
     assert isinstance(chart, Chart)
     assert [point.tip for point in chart.points[-2:]] == ["dense", "dense, 2 epochs"]
@@ -488,7 +531,7 @@ def test_stages_run_one_after_another_and_one_that_fails_does_not_end_the_rest(t
     for name in ("joulemoe", "python"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$LOG"\ncase "$*" in *epochs*) exit 3;; esac\n')
         (tmp_path / name).chmod(0o755)
-    stages = ["epochs=36", "members=90"]
+    stages = ["epochs=36", "members=90", "long@a=b.parquet=72"]
     ran = subprocess.run(
         [ROOT / "benchmarks/study.sh", "out", "text", "words", "base", *stages],
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")},
@@ -502,6 +545,8 @@ def test_stages_run_one_after_another_and_one_that_fails_does_not_end_the_rest(t
         f"joulemoe sweep tune_spaces/study/epochs.yaml --out out --sweep-id epochs {more} 0.01",
         "python -m benchmarks.study_members out --out out/members.yaml",
         f"joulemoe sweep out/members.yaml --out out --sweep-id members {more} 0.025",
+        "joulemoe sweep tune_spaces/study/long.yaml --out out --sweep-id long"
+        f" {more.replace('data text', 'data a=b.parquet')} 0.02",
     ]
 
 
