@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -22,12 +23,13 @@ assert len(RAMP) == COLOURS
 
 
 def save(figure: Figure, folder: Path, *, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """Write a figure as PNG (200 dpi) and SVG, named by its id; returns the paths."""
+    """Write a figure as PNG (200 dpi) and SVG, named by its id and the same to the byte every time; returns the paths."""
     canvas = canvas_of(figure)
     paths = [folder / f"{figure.id}.{kind}" for kind in formats]
     for path in paths:
         meta = {"Date": None, "Description": figure.alt} if path.suffix == ".svg" else {"Description": figure.alt}
-        canvas.savefig(path, dpi=200, metadata=meta)
+        with rc_context({"svg.hashsalt": figure.id}):
+            canvas.savefig(path, dpi=200, metadata=meta)
         canvas.set_layout_engine("none")  # where it put things serves the other formats too
     return paths
 

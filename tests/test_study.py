@@ -531,7 +531,7 @@ def test_stages_run_one_after_another_and_one_that_fails_does_not_end_the_rest(t
     for name in ("joulemoe", "python"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$LOG"\ncase "$*" in *epochs*) exit 3;; esac\n')
         (tmp_path / name).chmod(0o755)
-    stages = ["epochs=36", "members=90", "long@a=b.parquet=72"]
+    stages = ["epochs=36", "members=90", "long@a=b.parquet=72", "front-cv2=36"]
     ran = subprocess.run(
         [ROOT / "benchmarks/study.sh", "out", "text", "words", "base", *stages],
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")},
@@ -547,6 +547,7 @@ def test_stages_run_one_after_another_and_one_that_fails_does_not_end_the_rest(t
         f"joulemoe sweep out/members.yaml --out out --sweep-id members {more} 0.025",
         "joulemoe sweep tune_spaces/study/long.yaml --out out --sweep-id long"
         f" {more.replace('data text', 'data a=b.parquet')} 0.02",
+        f"joulemoe sweep tune_spaces/study/front.yaml --out out --sweep-id front-cv2 {more} 0.01 --set regularizer=cv2",
     ]
 
 

@@ -291,6 +291,18 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+def test_a_figure_is_the_same_to_the_byte_every_time(tmp_path: Path) -> None:
+    one = chart.Chart(
+        id="a", title="A", alt="One point.", x=chart.Axis(title="x"), y=chart.Axis(title="y"),
+        points=(chart.Point(x=1.0, y=2.0, tip="p"),),
+    )  # fmt: skip
+    written = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        written.append([path.read_bytes() for path in figures.save(one, tmp_path / name)])
+    assert written[0] == written[1]
+
+
 def test_the_ramps_rise_in_luminance_so_that_grey_keeps_their_order() -> None:
     css = (Path(svg.__file__).parent / "templates" / "report.css").read_text()
     ramps = [figures.RAMP]
