@@ -23,7 +23,7 @@ assert len(RAMP) == COLOURS
 
 
 def save(figure: Figure, folder: Path, *, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """Write a figure as PNG (200 dpi) and SVG, named by its id and the same to the byte every time; returns the paths."""
+    """Write a figure as PNG (200 dpi) and SVG, named by its id, the same to the byte every time; returns the paths."""
     canvas = canvas_of(figure)
     paths = [folder / f"{figure.id}.{kind}" for kind in formats]
     for path in paths:
