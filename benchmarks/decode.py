@@ -2,20 +2,19 @@
 
     python benchmarks/decode.py [--batch 32] [--profile]
 
-DistilGPT2, 6 MoE layers of 8 experts, bf16, K 2, a 64-token prompt, 128 new tokens. The step time is the
-difference of a long and a short generation over the difference of their lengths, so the prompt drops out; the whole
-call over all new tokens stands beside it. Joules per token are of the whole call.
+DistilGPT2, 6 MoE layers of 8 experts, bf16, K 2, a 64-token prompt, 128 new tokens. Two tables, each with ratios to
+the peer: the whole call (joules per new token, prompt included), and one step, which is the difference of a long and a
+short generation of the same repetition over the difference of their lengths, so that the prompt drops out.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import traceback
 import warnings
 
 import torch
-from measure import Case, interleave, print_table, profile, synchronize
+from measure import Case, Sample, difference, interleave, print_table, profile, spread, synchronize
 from peer import PeerConfig, PeerLMHeadModel
 from train_step import SHAPE
 
@@ -37,6 +36,26 @@ def generation(model: torch.nn.Module, ids_BS: torch.Tensor, new: int, **options
         )  # fmt: skip
 
     return case
+
+
+def brief(name: str) -> str:
+    return f"{name}, {SHORT} tokens"
+
+
+def report(runs: dict[str, list[Sample]], names: list[str], batch: int) -> None:
+    """Both tables, and the absolute figures with their range: the bars are absolute."""
+    calls = {name: runs[name] for name in names}
+    steps = {name: difference(runs[name], runs[brief(name)], NEW - SHORT) for name in names}
+    print_table(
+        f"generate, batch {batch}, {NEW} new tokens: per call; mJ per token", calls, names[0], divide=batch * NEW
+    )
+    print_table(f"one step, batch {batch}, without the prompt; mJ per token", steps, names[0], divide=batch)
+    print(f"\n{'min-max over repetitions':28s} {'ms a step':24s} {'ms per new token':24s} mJ per new token")
+    for name in names:
+        step_ms = [s.duration_ms for s in steps[name]]
+        call_ms = [s.duration_ms / NEW for s in calls[name]]
+        mj = [s.energy_mj / (batch * NEW) for s in calls[name] if s.energy_mj is not None]
+        print(f"{name:28s} {spread(step_ms):24s} {spread(call_ms):24s} {spread(mj) if mj else '-'}")
 
 
 def main() -> None:
@@ -65,11 +84,11 @@ def main() -> None:
         if args.only and name not in args.only:
             continue
         try:
-            case, brief = (generation(model, ids_BS, new, **options) for new in (NEW, SHORT))
+            long, few = (generation(model, ids_BS, new, **options) for new in (NEW, SHORT))
             for _ in range(2):
-                case()
-                brief()
-            cases[name], short[name] = case, brief
+                long()
+                few()
+            cases[name], short[name] = long, few
         except Exception:
             print(f"{name} left out:")
             traceback.print_exc(limit=-4)
@@ -78,16 +97,10 @@ def main() -> None:
             print(f"-- {name}: {NEW} steps and the prompt")
             profile(case, 24)
     with EnergyMonitor.for_assigned_devices() as monitor:
-        if args.repetitions:
-            runs = interleave(cases, repetitions=args.repetitions, seconds=args.seconds, monitor=monitor)
-            brief_runs = interleave(short, repetitions=args.repetitions, seconds=args.seconds / 2)
-            title = f"generate, batch {args.batch}, {NEW} new tokens: ms per call, mJ per token"
-            print_table(title, runs, next(iter(runs)), divide=args.batch * NEW)
-            for name, samples in runs.items():
-                ms = statistics.median(s.duration_ms for s in samples)
-                brief_ms = statistics.median(s.duration_ms for s in brief_runs[name])
-                step_ms = (ms - brief_ms) / (NEW - SHORT)
-                print(f"{name:28s} {step_ms:.3f} ms a step; {ms / NEW:.3f} ms per new token, prompt included")
+        if args.repetitions and cases:
+            pairs = cases | {brief(name): case for name, case in short.items()}
+            runs = interleave(pairs, repetitions=args.repetitions, seconds=args.seconds, monitor=monitor)
+            report(runs, list(cases), args.batch)
         synchronize()
 
 

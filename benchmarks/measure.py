@@ -75,12 +75,29 @@ def _repeat(case: Case, count: int) -> None:
     synchronize()
 
 
+def difference(long: list[Sample], short: list[Sample], steps: int) -> list[Sample]:
+    """One of the ``steps`` by which a long call goes further than a short one, repetition by repetition."""
+    return [
+        Sample(
+            duration_ms=(a.duration_ms - b.duration_ms) / steps,
+            energy_mj=None if a.energy_mj is None or b.energy_mj is None else (a.energy_mj - b.energy_mj) / steps,
+        )
+        for a, b in zip(long, short, strict=True)
+    ]
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
 def print_table(title: str, samples: Mapping[str, list[Sample]], baseline: str, *, divide: float = 1.0) -> None:
-    """Median ms and mJ per call (mJ over ``divide``), and ratios to the baseline with their range over repetitions."""
+    """Median ms and mJ per call (mJ over ``divide``), and ratios to the baseline with their range over repetitions.
+
+    Where the baseline could not be built, the first case stands in for it.
+    """
+    if not samples:
+        return
+    baseline = baseline if baseline in samples else next(iter(samples))
     print(f"\n{title}\n{'':34s} {'ms':>9s} {'mJ':>10s}  {'time / ' + baseline:28s} joules / {baseline}")
     for name, runs in samples.items():
         times = [r.duration_ms for r in runs]

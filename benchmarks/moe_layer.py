@@ -4,12 +4,19 @@
     python benchmarks/moe_layer.py --check --sweep     # kernels against the float64 loop, then block sizes
 
 A layer is everything a block's FFN does: router logits, softmax, top-k, mixing weights, dispatch, experts, combine.
-D 768, FFN 3072 (SwiGLU peers: 2048, equal FLOPs), 8 experts, 16 384 tokens, bf16.
+D 768, FFN 3072 (SwiGLU peers: 2048, equal FLOPs), 8 experts, 16 384 tokens, bf16. A second table holds unequal widths
+against the uniform layer of equal FLOPs.
+
+ScatterMoE (https://github.com/shawntan/scattermoe) takes part where `scattermoe` can be imported, as with its checkout
+on PYTHONPATH. It counts tokens with `bincount`, which waits for the device, so that no graph can hold it: it is
+launched by the host, as all are with `--host`, which is how to compare with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import inspect
 import traceback
 
 import torch
@@ -24,6 +31,8 @@ from moe.modeling import MoEMLP
 from moe.routing import Tokens
 
 T, D, FFN, E = 16384, 768, 3072, 8
+UNEQUAL = [1536, 1536, 3072, 3072, 3072, 6144, 6144, 0]  # on average FFN: equal FLOPs where choices are spread evenly
+UNIFORM_NAME, UNEQUAL_NAME, SCATTER_NAME = "ours", "ours, widths 1/2 1 2 null", "ScatterMoE, launched"
 
 
 class Dense(nn.Module):
@@ -40,16 +49,22 @@ class Dense(nn.Module):
 class Layer(nn.Module):
     def __init__(self, k: int, *, dispatch: str = "auto", widths: list[int] | None = None) -> None:
         super().__init__()
+        self.widths = widths or [FFN] * E
         config = MoEGPT2Config(
-            n_embd=D, num_experts_per_tok=k, dispatch=dispatch, resid_pdrop=0.0, expert_widths=widths or [FFN] * E
+            n_embd=D, num_experts_per_tok=k, dispatch=dispatch, resid_pdrop=0.0, expert_widths=self.widths
         )
         self.mlp = MoEMLP(config, 0)
         for name, parameter in self.mlp.named_parameters():
             nn.init.normal_(parameter, std=0.02 if "bias" not in name else 0.01)
 
     def forward(self, x_TD):
-        tokens = Tokens(batch_size=16, position_T=torch.arange(x_TD.shape[0], device=x_TD.device))
-        return self.mlp(x_TD[None], tokens)[0].squeeze(0)
+        return self.mlp(x_TD[None], self._tokens(x_TD))[0].squeeze(0)
+
+    def routing(self, x_TD):
+        return self.mlp.router(x_TD, self._tokens(x_TD))
+
+    def _tokens(self, x_TD):
+        return Tokens(batch_size=16, position_T=torch.arange(x_TD.shape[0], device=x_TD.device))
 
 
 def mixtral(k: int) -> nn.Module:
@@ -72,6 +87,26 @@ class _Batch(nn.Module):
     def forward(self, x_TD):
         y = self.block(x_TD[None])
         return (y[0] if isinstance(y, tuple) else y).squeeze(0)
+
+
+class Scatter(nn.Module):
+    """ScatterMoE's experts behind Mixtral's routing: GELU, biases where its version has them."""
+
+    def __init__(self, k: int) -> None:
+        from scattermoe.mlp import MLP
+
+        super().__init__()
+        self.k = k
+        self.weight_ED = nn.Parameter(torch.empty(E, D).normal_(std=0.02))
+        bias = {"bias": True} if "bias" in inspect.signature(MLP).parameters else {}
+        activation = nn.GELU(approximate="tanh")
+        self.experts = MLP(input_size=D, hidden_size=FFN, num_experts=E, top_k=k, activation=activation, **bias)
+
+    def forward(self, x_TD):
+        probs_TE = F.softmax(F.linear(x_TD, self.weight_ED).float(), dim=-1)
+        weight_TK, expert_TK = probs_TE.topk(self.k, dim=-1)
+        weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+        return self.experts(x_TD, weight_TK.to(x_TD.dtype), expert_TK)
 
 
 def captured(case: Case) -> Case:
@@ -105,25 +140,44 @@ def step(layer: nn.Module, *, compiled: bool) -> Case:
     return case
 
 
+@torch.no_grad()
+def chosen_width(layer: Layer, tokens: int = T) -> float:
+    """Neurons that a choice meets on average, on tokens like those that are timed."""
+    weight = next(layer.parameters())
+    x_TD = torch.randn(tokens, D, device=weight.device, dtype=weight.dtype)
+    expert_TK = layer.routing(x_TD).expert_TK
+    return torch.tensor(layer.widths, dtype=torch.float32, device=weight.device)[expert_TK].mean().item()
+
+
+def unequal(k: int) -> Case:
+    layer = Layer(k, widths=UNEQUAL)
+    case = step(layer, compiled=True)
+    print(f"{UNEQUAL_NAME}, K={k}: {chosen_width(layer) / FFN:.3f} x the FLOPs of the uniform layer's experts")
+    return case
+
+
 def compare(k: int, args: argparse.Namespace, monitor: EnergyMonitor) -> None:
+    torch._dynamo.reset()  # all layers share their code, and 8 compilations of one function are dynamo's limit
     builders = {
         "dense": lambda: step(Dense(k), compiled=False),
         "dense, compiled": lambda: step(Dense(k), compiled=True),
-        "ours": lambda: step(Layer(k), compiled=True),
+        UNIFORM_NAME: lambda: step(Layer(k), compiled=True),
         "ours, eager": lambda: step(Layer(k), compiled=False),
         "sort + grouped_mm, compiled": lambda: step(Layer(k, dispatch="grouped_mm"), compiled=True),
         "Mixtral block, compiled": lambda: step(mixtral(k), compiled=True),
-        "ours, widths 1/2 1 2 null": lambda: step(
-            Layer(k, widths=[1536, 1536, 3072, 3072, 3072, 6144, 6144, 0]), compiled=True
-        ),
+        UNEQUAL_NAME: lambda: unequal(k),
+        SCATTER_NAME: lambda: step(Scatter(k), compiled=False),
     }
+    if importlib.util.find_spec("scattermoe") is None:
+        print("ScatterMoE is not measured: there is no package `scattermoe` here")
+        del builders[SCATTER_NAME]
     cases: dict[str, Case] = {}
-    for name in args.only or builders:
+    for name in [name for name in args.only or builders if name in builders]:
         try:
             case = builders[name]()
             for _ in range(3):
                 case()
-            cases[name] = case if args.host else captured(case)
+            cases[name] = case if args.host or name == SCATTER_NAME else captured(case)
             cases[name]()
             if args.profile:
                 print(f"-- {name}, K={k}")
@@ -135,6 +189,9 @@ def compare(k: int, args: argparse.Namespace, monitor: EnergyMonitor) -> None:
     samples = interleave(cases, repetitions=args.repetitions, seconds=args.seconds, monitor=monitor)
     how = "launched by the host" if args.host else "replayed CUDA graphs"
     print_table(f"layer forward + backward, K={k}, {T} tokens, E {E}, bf16, {how}", samples, "dense")
+    widths = {name: samples[name] for name in (UNIFORM_NAME, UNEQUAL_NAME) if name in samples}
+    if len(widths) == 2:
+        print_table(f"unequal widths over the uniform layer of equal FLOPs, K={k}", widths, UNIFORM_NAME)
 
 
 # Correctness
