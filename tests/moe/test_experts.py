@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe import experts as experts_module
 from moe.experts import DISPATCHES, Experts
 
 
@@ -23,6 +24,10 @@ class Choice(NamedTuple):
 
 CPU_DISPATCHES = sorted(set(DISPATCHES) - {"loop", "triton"})
 D_MODEL = 16
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+# On a GPU the kernels of moe.fused serve multiples of 64 (tests/moe/test_kernels.py); all else falls to grouped_mm.
+PATHS = [pytest.param(name, "cpu", id=name) for name in CPU_DISPATCHES]
+PATHS += [pytest.param(name, "cuda", id=f"{name}-cuda", marks=GPU) for name in ("grouped_mm", "auto")]
 
 
 def make_experts(widths, *, activation="gelu", dispatch="auto", dtype=torch.float64):
@@ -50,16 +55,23 @@ def results(experts, x_TD, routing, dispatch, probe_TD):
     return [y_TD.detach(), *zeros]
 
 
-def assert_matches_loop(experts, x_TD, routing, dispatch):
-    dtype = torch.float32 if dispatch in ("grouped_mm", "native") else torch.float64
+def against_loop(experts, x_TD, routing, dispatch, dtype, device="cpu"):
+    """Results of the dispatch in this type on this device, and those of the float64 loop on the CPU."""
     probe_TD = torch.randn_like(x_TD)
     expected = results(experts, x_TD, routing, "loop", probe_TD)
-    experts = experts.to(dtype)
-    x_TD = x_TD.detach().to(dtype).requires_grad_()
-    routing = SimpleNamespace(**vars(routing) | {"weight_TK": routing.weight_TK.detach().to(dtype).requires_grad_()})
+    experts = experts.to(device, dtype)
+    x_TD = x_TD.detach().to(device, dtype).requires_grad_()
+    moved = {name: value.detach().to(device) for name, value in vars(routing).items()}
+    moved["weight_TK"] = moved["weight_TK"].to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    got = results(experts, x_TD, SimpleNamespace(**moved), dispatch, probe_TD.to(device, dtype))
+    return [g.double().cpu() for g in got], expected
+
+
+def assert_matches_loop(experts, x_TD, routing, dispatch, device="cpu"):
+    dtype = torch.float32 if device == "cuda" or dispatch in ("grouped_mm", "native") else torch.float64
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-4}[dtype]
-    for got, want in zip(results(experts, x_TD, routing, dispatch, probe_TD.to(dtype)), expected, strict=True):
-        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+    for got, want in zip(*against_loop(experts, x_TD, routing, dispatch, dtype, device), strict=True):
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
 def tokens(count):
@@ -82,18 +94,46 @@ CASES = {
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dispatch", CPU_DISPATCHES)
-def test_dispatch_equals_loop(dispatch, case, activation):
+@pytest.mark.parametrize(("dispatch", "device"), PATHS)
+def test_dispatch_equals_loop(dispatch, device, case, activation):
     torch.manual_seed(0)
     widths, expert_TK = CASES[case]
     experts = make_experts(widths, activation=activation)
-    assert_matches_loop(experts, tokens(len(expert_TK)), make_routing(expert_TK), dispatch)
+    assert_matches_loop(experts, tokens(len(expert_TK)), make_routing(expert_TK), dispatch, device)
 
 
-@pytest.mark.parametrize("dispatch", CPU_DISPATCHES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("widths", [[24, 0, 40, 104], [64] * 4], ids=str)
+def test_grouped_mm_in_16_bits_is_as_near_as_they_allow(widths, activation, device):
+    """Widths in multiples of 8: rows of 16 bytes, which `F.grouped_mm` asks for on a GPU."""
+    torch.manual_seed(0)
+    experts, expert_TK = make_experts(widths, activation=activation), torch.rand(50, 4).argsort(1)[:, :2]
+    routing = make_routing(expert_TK, torch.rand(50, 2) < 0.8)
+    x_TD = tokens(50)
+    with torch.no_grad():  # the loop reads what 16 bits hold
+        for tensor in (x_TD, *experts.parameters()):
+            tensor.copy_(tensor.bfloat16())
+    for got, want in zip(*against_loop(experts, x_TD, routing, "grouped_mm", torch.bfloat16, device), strict=True):
+        assert (got - want).norm() < 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_without_triton_pytorch_serves(device, monkeypatch):
+    """A shape that the kernels would take."""
+    monkeypatch.setattr(experts_module, "fused", None)
+    monkeypatch.setattr(f"{__name__}.D_MODEL", 64)
+    torch.manual_seed(0)
+    experts, routing = make_experts([64] * 4), make_routing(torch.rand(30, 4).argsort(1)[:, :2])
+    chosen = experts_module._automatic(torch.ones(1, 64, device=device), experts._weights(), experts.widths)
+    assert chosen == {"cpu": "native", "cuda": "grouped_mm"}[device]
+    assert_matches_loop(experts, tokens(30), routing, "auto", device)
+
+
+@pytest.mark.parametrize(("dispatch", "device"), PATHS)
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
-def test_dispatch_equals_loop_on_generated_shapes(dispatch, data):
+def test_dispatch_equals_loop_on_generated_shapes(dispatch, device, data):
     widths = data.draw(st.lists(st.sampled_from([0, 4, 8, 12]), min_size=1, max_size=5).filter(any))
     T = data.draw(st.integers(0, 12))
     K = data.draw(st.integers(1, len(widths)))
@@ -101,7 +141,7 @@ def test_dispatch_equals_loop_on_generated_shapes(dispatch, data):
     expert_TK = torch.rand(T, len(widths)).argsort(1)[:, :K]
     routing = make_routing(expert_TK, torch.rand(T, K) < 0.8)
     activation = data.draw(st.sampled_from(["gelu", "swiglu"]))
-    assert_matches_loop(make_experts(widths, activation=activation), tokens(T), routing, dispatch)
+    assert_matches_loop(make_experts(widths, activation=activation), tokens(T), routing, dispatch, device)
 
 
 def test_one_expert_is_the_dense_network():

@@ -36,6 +36,22 @@ def test_equals_transformers_loss(chunk, device, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocabulary", [201, 5000], ids=["one block of the kernel", "two"])
+def test_in_16_bits_it_is_as_near_as_they_allow(vocabulary, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    hidden, weight, labels = problem(torch.bfloat16, device, vocabulary)
+    got = causal_lm_loss(hidden, weight, labels)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    want = ForCausalLMLoss(wide[0] @ wide[1].T, labels, vocabulary)
+    assert got.dtype == torch.float32
+    assert float((got - want).detach().abs()) < 1e-2 * float(want.detach())
+    for a, b in zip(torch.autograd.grad(got, [hidden, weight]), torch.autograd.grad(want, wide), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).norm() < 2e-2 * b.norm()
+
+
 def test_gradients_pass_gradcheck():
     hidden, weight, labels = problem(torch.float64, vocabulary=11)
     assert torch.autograd.gradcheck(lambda h, w: causal_lm_loss(h, w, labels), (hidden, weight))

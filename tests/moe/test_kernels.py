@@ -14,6 +14,8 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe import MoEGPT2Config, MoEGPT2LMHeadModel, decoding, fused, gate, generation, opening_kernels
 from moe.dispatch import Weights, loop
@@ -30,7 +32,7 @@ CASES = {
     "uniform": (20, 2, [64, 64, 64], 0.0),
     "dropped": (20, 1, [64, 128, 64], 0.3),
     "an expert without tokens": (4, 1, [64] * 8, 0.0),
-    "all to one": (150, 1, [64], 0.0),
+    "one expert": (150, 1, [64], 0.0),
     "mixed widths": (33, 3, [64, 192, 128], 0.5),
     "every expert chosen": (9, 3, [64] * 3, 0.0),
     "nothing kept": (9, 2, [64] * 3, 1.0),
@@ -58,25 +60,66 @@ def assert_near(got, want, limit):
         assert (a.double() - b).norm() <= limit * b.norm().clamp_min(1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES)
-def test_fused_equals_loop(case, dtype):
-    tokens, k, widths, drop = CASES[case]
-    x_TD, slot_TK, weight_TK, weights = problem(tokens, k, widths, drop, dtype)
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+
+
+def assert_fused_equals_loop(x_TD, slot_TK, weight_TK, weights, widths):
+    """Output and all gradients, and the output of the decoding kernels; returns the gradients of the parameters."""
     dy_TD = torch.randn_like(x_TD)
     inputs = [x_TD, weight_TK, *weights[:4]]
     y_TD = fused.fused_experts(x_TD, slot_TK, weight_TK, *weights[:4], widths)[0]
     got = [y_TD, *torch.autograd.grad(y_TD, inputs, dy_TD)]
     want = loop_in_double(x_TD, slot_TK, weight_TK, weights, widths, dy_TD)
-    limit = 1.5e-2 if dtype == torch.bfloat16 else 2e-5
+    limit = 1.5e-2 if x_TD.dtype == torch.bfloat16 else 2e-5
     assert_near(got, want, limit)
     with torch.no_grad():
         assert_near([fused.fused(x_TD, slot_TK, weight_TK, weights, widths)], want[:1], limit)
+    return got[3:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_fused_equals_loop(case, dtype):
+    tokens, k, widths, drop = CASES[case]
+    assert_fused_equals_loop(*problem(tokens, k, widths, drop, dtype), widths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("only", [0, 2, 3])
+def test_all_tokens_to_one_of_four(only, dtype):
+    x_TD, slot_TK, weight_TK, weights = problem(150, 1, [64] * 4, 0.0, dtype)
+    gradients = assert_fused_equals_loop(x_TD, torch.full_like(slot_TK, only), weight_TK, weights, [64] * 4)
+    for gradient in gradients:  # rows, or neurons, of the experts that nobody chose
+        of_expert = gradient.view(4, -1).abs().sum(1)
+        assert (of_expert > 0).tolist() == [e == only for e in range(4)]
+
+
+@settings(deadline=None, max_examples=8 if INTERPRETED else 25)
+@given(data=st.data())
+def test_fused_equals_loop_on_generated_shapes(data):
+    widths = data.draw(st.lists(st.sampled_from([64, 128, 192]), min_size=1, max_size=5))
+    tokens, k = data.draw(st.integers(1, 40)), data.draw(st.integers(1, len(widths)))
+    drop, dtype = data.draw(st.sampled_from([0.0, 0.2, 1.0])), data.draw(st.sampled_from(DTYPES))
+    assert_fused_equals_loop(*problem(tokens, k, widths, drop, dtype), widths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_expert_is_the_dense_network(dtype):
+    x_TD, slot_TK, weight_TK, weights = problem(40, 1, [128], 0.0, dtype)
+    y_TD = fused.fused(x_TD, slot_TK, torch.ones_like(weight_TK), weights, [128])
+    up_PD, up_bias_P, down_PD, down_bias_ND = (w.double() for w in weights[:4])
+    hidden = torch.nn.functional.gelu(x_TD.double() @ up_PD.T + up_bias_P, approximate="tanh")
+    assert_near([y_TD], [hidden @ down_PD + down_bias_ND[0]], 1.5e-2 if dtype == torch.bfloat16 else 2e-5)
 
 
 def test_no_token():
     x_TD, slot_TK, weight_TK, weights = problem(0, 2, [64] * 3, 0.0)
-    assert fused.fused(x_TD, slot_TK, weight_TK, weights, [64] * 3).shape == (0, 64)
+    y_TD = fused.fused(x_TD, slot_TK, weight_TK, weights, [64] * 3)
+    assert y_TD.shape == (0, 64)
+    inputs = [x_TD, weight_TK, *weights[:4]]
+    for gradient, of in zip(torch.autograd.grad(y_TD.sum(), inputs), inputs, strict=True):
+        assert gradient.shape == of.shape
+        assert not gradient.any()
 
 
 def test_same_input_same_bits():
