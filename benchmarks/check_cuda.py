@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from moe import REGULARIZERS, ROUTERS, MoEGPT2Config, MoEGPT2LMHeadModel, RoutingStats
+from moe.routing import Tokens
 
+DEVICE = "cuda"
 ALL = {name: 0.01 for name in REGULARIZERS if name != "entropy"}
 
 
@@ -33,11 +35,11 @@ def build(dtype: torch.dtype = torch.bfloat16, **keys: Any) -> MoEGPT2LMHeadMode
         "initializer_range": 0.1, "expert_widths": [1024, 512, 0, 1024, 2048, 512, 1024, 1024], "energy_lambda": 0.3,
         "regularizers": ALL, "bias_balance_rate": 0.01,
     }  # fmt: skip
-    return MoEGPT2LMHeadModel(MoEGPT2Config(**(base | keys))).to("cuda", dtype)
+    return MoEGPT2LMHeadModel(MoEGPT2Config(**(base | keys))).to(DEVICE, dtype)
 
 
 def text(batch: int = 8, length: int = 128) -> Tensor:
-    return torch.randint(2, 999, (batch, length), generator=torch.Generator().manual_seed(1)).cuda()
+    return torch.randint(2, 999, (batch, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 @contextmanager
@@ -99,22 +101,47 @@ def cached_equals_uncached(router: str) -> None:
 
 
 def deterministic(router: str) -> None:
-    """The same seed gives the same gradients, bit for bit, in PyTorch's deterministic mode."""
-    gradients = []
+    """The same seed gives the same step, bit for bit, in PyTorch's deterministic mode and with dropout: gradients, and
+    the parameters and buffers after fused AdamW and what follows it."""
+    steps = []
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(2):
-            model, ids = build(router=router).train(), text()
+            model, ids = build(router=router, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1).train(), text()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+            torch.manual_seed(2)
             model(ids, labels=ids).loss.backward()
-            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            model.after_step()
+            steps.append([*gradients, *model.parameters(), *model.buffers()])
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+
+
+def the_layer_repeats(router: str) -> None:
+    """A MoE layer alone gives the same bits twice without the deterministic mode."""
+    model, ids = build(router=router, resid_pdrop=0.1).train(), text()
+    layer = model.transformer.h[0].mlp
+    embeds_BSD = model.transformer.wte(ids).detach().requires_grad_()
+    probe_BSD = torch.randn_like(embeds_BSD)
+    position_T = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids))
+    tokens = Tokens(batch_size=len(ids), position_T=position_T, id_T=ids.reshape(-1))
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(2)
+        y_BSD, routing = layer(embeds_BSD, tokens)
+        inputs = [embeds_BSD, *layer.parameters()]
+        gradients = torch.autograd.grad(y_BSD, inputs, probe_BSD, allow_unused=True)
+        runs.append([y_BSD, routing.log_probs_TE, *(g for g in gradients if g is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 CHECKS: list[Callable[[str], None]] = [
     no_host_synchronisation,
     deterministic,
+    the_layer_repeats,
     cached_equals_uncached,
     compiled_equals_eager,
 ]

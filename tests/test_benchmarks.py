@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import check_cuda
+from moe import ROUTERS
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -120,3 +123,11 @@ def test_unequal_widths_cost_the_uniform_layers_flops(load: Any) -> None:
     assert sum(moe_layer.UNEQUAL) == moe_layer.E * moe_layer.FFN
     torch.manual_seed(0)
     assert moe_layer.chosen_width(moe_layer.Layer(2, widths=moe_layer.UNEQUAL), 2048) == pytest.approx(3072, rel=0.05)
+
+
+@pytest.mark.parametrize("check", [check_cuda.deterministic, check_cuda.the_layer_repeats], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("router", ["capacity", pytest.param("random", marks=pytest.mark.slow)])
+def test_checks_of_a_gpu_run_on_a_cpu(check: Any, router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert router in ROUTERS
+    monkeypatch.setattr(check_cuda, "DEVICE", "cpu")
+    check(router)

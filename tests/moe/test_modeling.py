@@ -290,6 +290,39 @@ def test_knobs_recompile_nothing(tiny: Build, ids: Tensor) -> None:
 BACKENDS = [("energy", "eager")] + [pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in sorted(ROUTERS)]
 
 
+@pytest.fixture
+def right_padding(ids: Tensor) -> Tensor:
+    mask = torch.ones_like(ids)
+    mask[0, -5:] = 0
+    mask[2, -1:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_padding_on_the_right_needs_the_tokens_mask_alone(
+    tiny: Build, ids: Tensor, right_padding: Tensor, name: str
+) -> None:
+    """Attention is causal, so that no attention mask, whose values transformers looks at, is needed."""
+    model = tiny(router=name, regularizers=ALL_REGULARIZERS).train()
+    labels = ids.masked_fill(right_padding == 0, -100)
+    losses = []
+    for mask in ("attention_mask", "token_mask"):
+        torch.manual_seed(0)
+        output = model(ids, labels=labels, output_routing=True, **{mask: right_padding})
+        losses.append((output.lm_loss, output.aux_loss))
+        assert all(torch.equal(routing.valid_T, right_padding.flatten().bool()) for routing in output.routing)
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("mask", ["attention_mask", "token_mask"])
+def test_compiles_with_padding(tiny: Build, ids: Tensor, right_padding: Tensor, mask: str) -> None:
+    model = tiny(router="energy", regularizers=ALL_REGULARIZERS, dispatch="loop", n_layer=1).train()
+    keys = {mask: right_padding, "labels": ids.masked_fill(right_padding == 0, -100)}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, **keys).loss, model(ids, **keys).loss)
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 def test_compiles_without_a_graph_break(tiny: Build, ids: Tensor, name: str, backend: str) -> None:
