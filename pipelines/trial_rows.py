@@ -73,7 +73,6 @@ def routing_columns(evaluation: Evaluation) -> dict[str, Any]:
         "routing_diversity": evaluation.routing.routing_diversity,
         "effective_experts": evaluation.routing.effective_experts,
         "load_cv": evaluation.routing.load_cv,
-        "dropped_fraction": evaluation.routing.dropped_fraction,
         "logit_std": evaluation.routing.logit_std,
         "routing_agreement": evaluation.routing.unpriced_agreement,
         "price_flip_fraction": evaluation.routing.price_flip_fraction,
@@ -104,6 +103,12 @@ def config_columns(config: TrialConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
     }
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean of the known values; None where there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def parse_row(text: str) -> TrialRecord:

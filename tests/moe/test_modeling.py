@@ -307,6 +307,19 @@ def test_compiles_without_a_graph_break(tiny: Build, ids: Tensor, name: str, bac
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_drops_are_returned_compiled_too(tiny: Build, ids: Tensor) -> None:
+    model = tiny(router="capacity", capacity_factor=0.5, dispatch="loop").train()
+    output = model(ids, labels=ids, output_routing=True)
+    expected = [float(r.dropped_TK.sum()) / r.dropped_TK.numel() for r in output.routing]
+    assert output.dropped_L.tolist() == pytest.approx(expected)
+    assert min(expected) >= 0.45
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, labels=ids).dropped_L, output.dropped_L)
+    assert model.eval()(ids, labels=ids).dropped_L is None
+    assert tiny().train()(ids, labels=ids).dropped_L is None
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_inductor_compiles_training(tiny: Build, ids: Tensor) -> None:
