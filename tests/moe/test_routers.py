@@ -93,18 +93,25 @@ def test_forward_changes_no_buffer(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in router.named_buffers())
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", sorted(name for name, router in ROUTERS.items() if router.causal))
-def test_a_causal_router_sees_no_later_token(name: str) -> None:
-    """Changing the second half of the only sequence leaves the first half's routing alone."""
-    router, (x_TD, tokens) = make(name), text(batch=1)
+def test_a_causal_router_sees_no_later_token(name: str, training: bool) -> None:
+    """Changing the second half of the only sequence leaves the first half's routing alone: what capacity drops too."""
+    router, (x_TD, tokens) = make(name, training=training, capacity_factor=0.3), text(batch=1)
     assert tokens.id_T is not None
     changed_TD, changed_id_T = x_TD.clone(), tokens.id_T.clone()
     changed_TD[4:] += 7.0
     changed_id_T[4:] = 3
     later = Tokens(batch_size=1, position_T=tokens.position_T, id_T=changed_id_T)
-    first, second = router(x_TD, tokens), router(changed_TD, later)
+    routings = []
+    for call in ((x_TD, tokens), (changed_TD, later)):
+        torch.manual_seed(5)  # `random` draws afresh
+        routings.append(router(*call))
+    first, second = routings
     assert torch.equal(first.expert_TK[:4], second.expert_TK[:4])
+    assert torch.equal(first.kept()[:4], second.kept()[:4])
     torch.testing.assert_close(first.weight_TK[:4], second.weight_TK[:4])
+    assert training is False or not router.drops or not first.kept()[:4].all()  # there is something to see
 
 
 def test_permuted_says_that_it_is_not_causal() -> None:
