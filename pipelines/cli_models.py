@@ -110,8 +110,9 @@ def evaluate(
             rows[f"decode_j_per_token_b{size}"] = measure_decode(loaded.model, text, size, *arguments).j_per_token
         rows["energy_source"] = monitor.source
     names = (
-        "routing_diversity", "effective_experts", "load_cv", "open_experts", "mean_selected_width", "router_margin",
-        "logit_std", "price_flip_fraction", "unpriced_agreement", "domain_specialisation",
+        "routing_diversity", "effective_experts", "load_cv", "max_violation", "dead_experts", "open_experts",
+        "mean_selected_width", "router_margin", "logit_std", "price_flip_fraction", "unpriced_agreement",
+        "domain_specialisation",
     )  # fmt: skip
     if found.routing is not None:
         rows |= {name: getattr(found.routing, name) for name in names}

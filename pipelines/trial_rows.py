@@ -79,6 +79,25 @@ def routing_columns(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def layer_columns(evaluation: Evaluation) -> dict[str, Any]:
+    """The routing columns that epochs alone have, most of them by layer; empty for the dense model."""
+    routing = evaluation.routing
+    if routing is None:
+        return {}
+    return {
+        "max_violation": routing.max_violation,
+        "dead_experts": routing.dead_experts,
+        "domain_specialisation": routing.domain_specialisation,
+        "expert_load": routing.load_LE,
+        "layer_effective_experts": routing.layer_effective_experts,
+        "layer_max_violation": routing.layer_max_violation,
+        "layer_dead_experts": routing.layer_dead_experts,
+        "layer_domain_specialisation": routing.layer_domain_specialisation,
+        "layer_routing_agreement": routing.layer_unpriced_agreement,
+        "layer_logit_std": routing.layer_logit_std,
+    }
+
+
 def config_columns(config: TrialConfig) -> dict[str, Any]:
     """The configuration columns of a `trials` row; what does not apply is null."""
     moe = not config.is_dense

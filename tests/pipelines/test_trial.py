@@ -166,6 +166,15 @@ def test_drops_are_those_of_the_training_steps(tiny: dict[str, Any], tmp_path: P
     assert record.dropped_fraction == pytest.approx(sum(e["dropped_fraction"] for e in epochs) / 2)
 
 
+def test_routing_by_layer_has_the_mean_beside_it(finished: tuple[TrialRecord, Store]) -> None:
+    _, store = finished
+    for epoch in store.read(EpochRecord, "single").to_pylist():
+        names = ("effective_experts", "max_violation", "dead_experts", "domain_specialisation", "routing_agreement")
+        for name in names:
+            layers = epoch[f"layer_{name}"]
+            assert epoch[name] == pytest.approx(sum(layers) / len(layers)), name
+
+
 def test_a_router_without_capacity_drops_none(finished: tuple[TrialRecord, Store]) -> None:
     record, store = finished
     assert record.dropped_fraction == 0.0
