@@ -65,10 +65,13 @@ def upcycle(
     check_new_folder(out)
     transformers.utils.logging.disable_progress_bar()
     try:
-        dense = transformers.GPT2LMHeadModel.from_pretrained(base)
+        kind = transformers.AutoConfig.from_pretrained(base).model_type
+        dense = transformers.GPT2LMHeadModel.from_pretrained(base) if kind == "gpt2" else None
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(f"base: expected a dense GPT-2, got {base} ({reason})") from None
+    if dense is None:  # its experts would be taken for missing weights, and drawn at random
+        raise ConfigError(f"base: expected a dense GPT-2, got {base} (model_type {kind})")
     model = make(dense, moe_config_of(config, dense.config), noise=noise, seed=seed)
     model.save_pretrained(out)
     _copy_tokenizer(base, out)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -558,6 +559,30 @@ def test_upcycle_and_eval(tmp_path: Path) -> None:
     assert runner.invoke(cli.app, ["eval", str(dense), "--json", *keys]).exit_code == 0
     again = runner.invoke(cli.app, ["upcycle", str(dense), out])
     assert isinstance(again.exception, ConfigError)
+    twice = runner.invoke(cli.app, ["upcycle", out, str(tmp_path / "twice")])
+    assert isinstance(twice.exception, ConfigError)
+    assert str(twice.exception) == f"base: expected a dense GPT-2, got {out} (model_type moe_gpt2)"
+    assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_upcycle_without_noise_is_exact(tmp_path: Path, top_k: int) -> None:
+    import transformers
+
+    from moe.upcycling import upcycling_error
+
+    shape = transformers.GPT2Config(vocab_size=512, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    dense, out = transformers.GPT2LMHeadModel(shape), str(tmp_path / "moe")
+    dense.save_pretrained(tmp_path / "dense")
+    arguments = [str(tmp_path / "dense"), out, "--experts=3", f"--top-k={top_k}", "--noise"]
+    errors = []
+    for noise in ("0", "0.05"):
+        made = CliRunner().invoke(cli.app, ["upcycle", *arguments, noise])
+        assert made.exit_code == 0, made.output
+        model = MoEGPT2LMHeadModel.from_pretrained(out)
+        errors.append(upcycling_error(dense, model, torch.arange(32)[None]))
+        shutil.rmtree(out)
+    assert errors[0] < 1e-5 < errors[1]
 
 
 @pytest.mark.parametrize(
