@@ -342,6 +342,20 @@ def test_random_is_uniform_and_differs_between_layers_and_positions() -> None:
     assert abs(float(overlap) - K / E) < 0.03
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", sorted(set(ROUTERS) - set(LEARNED)))
+def test_temperature_jitter_and_balancing_do_nothing_without_a_gate(name: str, training: bool) -> None:
+    x_TD, tokens = text()
+    routings = []
+    for keys in ({}, {"router_temperature": 0.1, "router_jitter": 0.5, "bias_balance_rate": 0.5}):
+        router = make(name, training=training, **keys)
+        router.bias_E[3] = 100.0
+        torch.manual_seed(5)
+        routings.append(router(x_TD, tokens))
+    for before, after in zip(*(routing.tensors() for routing in routings), strict=True):
+        assert before is after is None or torch.equal(before, after)
+
+
 def test_hash_depends_on_the_vocabulary_entry_alone() -> None:
     router = make("hash")
     x_TD, tokens = text(batch=10)
