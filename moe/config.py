@@ -23,7 +23,8 @@ class MoEGPT2Config(GPT2Config):
         moe_layers: indices of the blocks whose FFN becomes experts; None: all.
         router: key of `ROUTERS`.
         energy_lambda: λ, nats per c_ref: how much a router that looks at prices gives up for joules.
-        router_temperature: τ in softmax(z/τ).
+        router_temperature: τ in softmax(z/τ). It, `router_jitter` and `bias_balance_rate` do nothing with routers
+            `random` and `hash`, which have no gate: no logits to scale, no choices to balance.
         regularizers: name → weight, keys of `REGULARIZERS`.
         gibbs_beta: β of `kl_gibbs`.
         capacity_factor: of router `capacity`, which drops while training and never in evaluation.

@@ -10,7 +10,8 @@ host synchronisation in between. Definitions (n_e: kept choices of expert e in a
 - open experts: distinct experts that compute (width > 0) per batch;
 - domain specialisation: I(expert; domain)/H(domain): 0 where experts do not tell domains apart, 1 where each choice
   gives its domain away;
-- co-activation: share of the tokens that take both experts.
+- co-activation: share of the tokens that take both experts; its mean over layers is a matrix too, since the mean over
+  pairs is K(K − 1)/(E(E − 1)) whatever the router does.
 
 Shapes: T tokens, K choices, E experts, L MoE layers, M domains.
 """
@@ -47,13 +48,19 @@ class RoutingSummary:
     unpriced_agreement: float | None
     domain_specialisation: float | None
     load_LE: Matrix
+    coactivation_EE: Matrix
     layer_effective_experts: list[float]
     layer_load_cv: list[float]
     layer_diversity: list[float]
+    layer_max_violation: list[float]
+    layer_dead_experts: list[float]
+    layer_dropped_fraction: list[float]
     layer_margin: list[float | None]
     layer_open_experts: list[float]
     layer_logit_std: list[float]
     layer_flip_fraction: list[float] | None
+    layer_unpriced_agreement: list[float | None] | None
+    layer_domain_specialisation: list[float | None] | None
     mean_logits_LE: Matrix
     domain_load_LME: list[Matrix] | None
     coactivation_LEE: list[Matrix]
@@ -132,40 +139,50 @@ class RoutingStats:
         margin_L = [float(m / d) if d > 0 else None for m, d in zip(sums["margin"], sums["decided"], strict=True)]
         width_L = n_LE @ torch.tensor(self.widths, dtype=torch.float64) / tokens_L
         variance_L = sums["logits_squared"] / (tokens_L * n_LE.shape[1])
+        violation_L = n_LE.amax(dim=1) / n_LE.mean(dim=1).clamp_min(1e-12) - 1
+        dead_L = (n_LE == 0).double().sum(dim=1)
+        dropped_L = 1 - n_LE.sum(dim=1) / sums["asked"].clamp_min(1)
         agreement_L = self._unpriced_agreement(sums)
         specialisation_L = _specialisation(sums["domain_ME"]) if self.domains else None
+        together_LEE = sums["together_EE"] / tokens_L[:, None, None]
         return RoutingSummary(
             tokens=int(tokens_L[0]),
             routing_diversity=float(diversity_L.mean()),
             effective_experts=float(effective_L.mean()),
             load_cv=float(cv_L.mean()),
-            max_violation=float((n_LE.amax(dim=1) / n_LE.mean(dim=1).clamp_min(1e-12) - 1).mean()),
-            dead_experts=float((n_LE == 0).double().sum(dim=1).mean()),
-            dropped_fraction=float(1 - n_LE.sum() / sums["asked"].sum().clamp_min(1)),
+            max_violation=float(violation_L.mean()),
+            dead_experts=float(dead_L.mean()),
+            dropped_fraction=float(dropped_L.mean()),
             router_margin=_mean(margin_L),
             open_experts=float(open_L.mean()),
             mean_selected_width=float(width_L.mean()),
             logit_std=float(variance_L.sqrt().mean()),
             price_flip_fraction=_flips(sums),
-            unpriced_agreement=_mean(agreement_L),
-            domain_specialisation=None if specialisation_L is None else float(specialisation_L.mean()),
+            unpriced_agreement=_mean(agreement_L or []),
+            domain_specialisation=_mean(specialisation_L or []),
             load_LE=load_LE.tolist(),
+            coactivation_EE=together_LEE.mean(dim=0).tolist(),
             layer_effective_experts=effective_L.tolist(),
             layer_load_cv=cv_L.tolist(),
             layer_diversity=diversity_L.tolist(),
+            layer_max_violation=violation_L.tolist(),
+            layer_dead_experts=dead_L.tolist(),
+            layer_dropped_fraction=dropped_L.tolist(),
             layer_margin=margin_L,
             layer_open_experts=open_L.tolist(),
             layer_logit_std=variance_L.sqrt().tolist(),
             layer_flip_fraction=_layer_flips(sums),
+            layer_unpriced_agreement=agreement_L,
+            layer_domain_specialisation=specialisation_L,
             mean_logits_LE=(sums["logits_E"] / tokens_L[:, None]).tolist(),
             domain_load_LME=_rows(sums["domain_ME"]).tolist() if self.domains else None,
-            coactivation_LEE=(sums["together_EE"] / tokens_L[:, None, None]).tolist(),
+            coactivation_LEE=together_LEE.tolist(),
         )
 
-    def _unpriced_agreement(self, sums: dict[str, Tensor]) -> list[float | None]:
+    def _unpriced_agreement(self, sums: dict[str, Tensor]) -> list[float | None] | None:
         """Agreement with the same layer's choices at λ = 0, on the same inputs."""
         if not sums["priced"].all():
-            return []
+            return None
         return [
             _above_chance(overlap, n_E, unpriced_E, tokens)
             for overlap, n_E, unpriced_E, tokens in zip(
@@ -236,13 +253,14 @@ def _layer_flips(sums: dict[str, Tensor]) -> list[float] | None:
     return (1 - sums["overlap"] / sums["n_E"].sum(dim=1).clamp_min(1)).tolist()
 
 
-def _specialisation(count_LME: Tensor) -> Tensor:
+def _specialisation(count_LME: Tensor) -> list[float | None]:
+    """I(expert; domain)/H(domain) of each layer; None where all choices are of one domain."""
     joint_LME = count_LME / count_LME.sum(dim=(1, 2), keepdim=True).clamp_min(1)
     domain_LM, expert_LE = joint_LME.sum(dim=2), joint_LME.sum(dim=1)
     entropy = torch.special.entr
     domain_L = entropy(domain_LM).sum(dim=1)
     information_L = domain_L + entropy(expert_LE).sum(dim=1) - entropy(joint_LME).sum(dim=(1, 2))
-    return information_L / domain_L.clamp_min(1e-12)
+    return [float(i / h) if h > 1e-12 else None for i, h in zip(information_L, domain_L, strict=True)]
 
 
 def _rows(count: Tensor) -> Tensor:

@@ -46,10 +46,12 @@ class MoEGPT2Output(MoeCausalLMOutputWithPast):
 
     `loss` is `lm_loss + aux_loss` in training and `lm_loss` in evaluation, so that evaluation losses compare across
     regularizers. `routing` and `router_logits` are filled on `output_routing=True`, one entry per MoE layer.
+    `dropped_L` is the share of choices that each layer dropped in this call; None where the router drops none.
     """
 
     lm_loss: Tensor | None = None
     routing: tuple[Routing, ...] | None = None
+    dropped_L: Tensor | None = None
 
 
 class MoEMLP(nn.Module):
@@ -219,6 +221,12 @@ def describe_tokens(
     )
 
 
+def _dropped_L(routing: tuple[Routing, ...]) -> Tensor | None:
+    parts = [layer.dropped_fraction() for layer in routing]
+    known = [part for part in parts if part is not None]
+    return torch.stack(known) if known else None
+
+
 class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GraphedGeneration, GenerationMixin):
     """The language model: tied head, cross-entropy, and the weighted regularizers of its routers."""
 
@@ -293,6 +301,7 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GraphedGeneration, GenerationMi
             attentions=output.attentions,
             router_logits=tuple(r.logits_TE for r in routing) if output_routing else None,
             routing=routing if output_routing else None,
+            dropped_L=_dropped_L(routing),
         )
 
     def aux_loss(self, routing: tuple[Routing, ...]) -> Tensor | None:

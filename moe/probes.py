@@ -131,6 +131,8 @@ def agreement_between(
     """
     if model.config.num_experts != other.config.num_experts or len(model.routers) != len(other.routers):
         raise ValueError("other: expected as many experts and MoE layers as the model has")
+    if model.config.n_embd != other.config.n_embd:
+        raise ValueError(f"other: expected a model of width {model.config.n_embd}, got {other.config.n_embd}")
     seen: list[tuple[Router, Tensor, Tokens, Routing]] = []
     hooks = [
         router.register_forward_hook(lambda _m, args, out, twin=twin: seen.append((twin, *args, out)))

@@ -34,6 +34,7 @@ class Router(nn.Module, abc.ABC):
         priced: λ and prices enter the choice.
         learned: has a gate.
         opens: chooses which experts to open, for all sequences of a position together.
+        drops: leaves choices out for want of capacity while training.
 
     Buffers:
         energy_lambda, temperature: λ and τ, scalars. `config` keeps them, so they are not saved twice.
@@ -46,6 +47,7 @@ class Router(nn.Module, abc.ABC):
     priced: ClassVar[bool] = False
     learned: ClassVar[bool] = True
     opens: ClassVar[bool] = False
+    drops: ClassVar[bool] = False
 
     energy_lambda: Tensor
     temperature: Tensor
@@ -233,6 +235,8 @@ class CapacityRouter(Router):
     would let a later token push out an earlier one. Evaluation drops nothing, or the cached and the uncached decoding
     of one text would differ: the capacity depends on the tokens in the call.
     """
+
+    drops = True
 
     def __init__(self, config: MoEGPT2Config, layer: int) -> None:
         super().__init__(config, layer)

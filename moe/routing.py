@@ -86,6 +86,13 @@ class Routing:
         kept_TK = self.kept()
         return self.expert_TK, kept_TK if self.dropped_TK is None else kept_TK | self.dropped_TK
 
+    def dropped_fraction(self) -> Tensor | None:
+        """Share of the choices asked for that capacity dropped, a scalar on the device; None: this call drops none."""
+        if self.dropped_TK is None:
+            return None
+        _, asked_TK = self.demand()
+        return self.dropped_TK.sum() / asked_TK.sum().clamp_min(1)
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields in order. Gradient checkpointing carries tuples of tensors faithfully, and
         nothing else: a dataclass would lose its gradients under `use_reentrant=True`."""

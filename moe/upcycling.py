@@ -264,6 +264,7 @@ _ARCHITECTURE = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
     "reorder_and_upcast_attn",
+    "tie_word_embeddings",  # tied, the head of an untied base would overwrite the embeddings
 )
 
 

@@ -73,6 +73,23 @@ def load_checkpoint(path: str, values: Mapping[str, Any], monitor: EnergyMonitor
     return Loaded(model=model, config=config, corpus=corpus, hardware=hardware, prices=prices)
 
 
+def load_routers(path: str, like: Loaded) -> MoEGPT2LMHeadModel:
+    """Another checkpoint with experts, to compare its routers: on the device and in the type of the loaded one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        kind = transformers.AutoConfig.from_pretrained(path).model_type
+        model = MoEGPT2LMHeadModel.from_pretrained(path, dtype=like.model.dtype) if kind == "moe_gpt2" else None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ConfigError(f"against: expected a model in {path}, got {reason}") from None
+    if model is None:
+        raise ConfigError(f"against: expected a model with experts in {path}, got one of model_type {kind}")
+    return model.to(like.hardware.device).eval()
+
+
 def checkpoint_config(path: str, values: Mapping[str, Any]) -> TrialConfig:
     """The trial that a checkpoint could have come from."""
     file = Path(path) / "config.json"

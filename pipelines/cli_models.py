@@ -19,6 +19,7 @@ from tune_spaces import RepeatedKeyError, read_yaml
 if TYPE_CHECKING:
     from pipelines.adapting import Window
     from pipelines.checkpoint import Loaded
+    from pipelines.data import TokenSplit
     from pipelines.scan import ScanPoint
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder of a saved model.")]
@@ -65,10 +66,13 @@ def upcycle(
     check_new_folder(out)
     transformers.utils.logging.disable_progress_bar()
     try:
-        dense = transformers.GPT2LMHeadModel.from_pretrained(base)
+        kind = transformers.AutoConfig.from_pretrained(base).model_type
+        dense = transformers.GPT2LMHeadModel.from_pretrained(base) if kind == "gpt2" else None
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(f"base: expected a dense GPT-2, got {base} ({reason})") from None
+    if dense is None:  # its experts would be taken for missing weights, and drawn at random
+        raise ConfigError(f"base: expected a dense GPT-2, got {base} (model_type {kind})")
     model = make(dense, moe_config_of(config, dense.config), noise=noise, seed=seed)
     model.save_pretrained(out)
     _copy_tokenizer(base, out)
@@ -86,6 +90,10 @@ def evaluate(
     max_eval_tokens: EvalTokens = None,
     seconds: Seconds = None,
     settings: Settings = None,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Compare routers with the oracle, at 2·E forwards per MoE layer.")
+    ] = False,
+    against: Annotated[str | None, typer.Option(help="Compare routers with those of this checkpoint.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Loss, joules per token by phase and routing metrics of a checkpoint."""
@@ -100,6 +108,7 @@ def evaluate(
         text = loaded.corpus.splits[split].first(loaded.config.max_eval_tokens)
         found = judge(loaded.model, text, loaded.config, loaded.hardware)
         rows: dict[str, Any] = {"loss_nats": found.loss_nats, "bits_per_byte": found.bits_per_byte}
+        accuracy = _routing_accuracy(loaded, text, oracle=oracle, against=against)
         arguments = (loaded.config, loaded.hardware, monitor)
         if loaded.prices is not None:
             set_prices(loaded.model, loaded.prices["prefill"])
@@ -110,11 +119,12 @@ def evaluate(
             rows[f"decode_j_per_token_b{size}"] = measure_decode(loaded.model, text, size, *arguments).j_per_token
         rows["energy_source"] = monitor.source
     names = (
-        "routing_diversity", "effective_experts", "load_cv", "open_experts", "mean_selected_width", "router_margin",
-        "logit_std", "price_flip_fraction", "unpriced_agreement", "domain_specialisation",
+        "routing_diversity", "effective_experts", "load_cv", "max_violation", "dead_experts", "open_experts",
+        "mean_selected_width", "router_margin", "logit_std", "price_flip_fraction", "unpriced_agreement",
+        "domain_specialisation",
     )  # fmt: skip
     if found.routing is not None:
-        rows |= {name: getattr(found.routing, name) for name in names}
+        rows |= {name: getattr(found.routing, name) for name in names} | accuracy
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -122,6 +132,29 @@ def evaluate(
     for name, value in rows.items():
         sheet.add_row(name, _text(value) + _modelled(name, rows["energy_source"]))
     _console().print(sheet)
+
+
+def _routing_accuracy(loaded: Loaded, text: TokenSplit, *, oracle: bool, against: str | None) -> dict[str, Any]:
+    """Agreement with the oracle and with another checkpoint's routers, mean and by layer, where it was asked for."""
+    from pipelines.checkpoint import load_routers
+    from pipelines.evaluation import agreement_by_layer, oracle_by_layer
+    from pipelines.trial_rows import mean_of
+
+    layers: dict[str, list[float | None]] = {}
+    if (oracle or against) and loaded.config.is_dense:
+        raise ConfigError("oracle, against: expected a checkpoint with experts, got a dense one")
+    try:
+        if oracle:
+            layers["oracle_agreement"] = oracle_by_layer(loaded.model, text, loaded.config, loaded.hardware)
+        if against:
+            other = load_routers(against, loaded)
+            layers["other_agreement"] = agreement_by_layer(loaded.model, other, text, loaded.hardware)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    means = {name: mean_of(values) for name, values in layers.items()}
+    return means | {f"layer_{name}": values for name, values in layers.items()}
 
 
 def scan(

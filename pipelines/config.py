@@ -195,6 +195,8 @@ class TrialConfig(pydantic.BaseModel):
         if not self.price_acts:
             inert |= {"energy_lambda", "price"}
             values["router"] = "topk" if self.router in ("energy", "opening") else self.router
+        if not self.is_dense and not ROUTERS[self.router].learned:  # their defaults: identities of old stay
+            values |= {key: type(self).model_fields[key].default for key in _GATE_KEYS}
         if self.schedule != "wsd":
             inert.add("decay_fraction")
         inert |= {key for router, key in (("capacity", "capacity_factor"), ("topp", "top_p")) if self.router != router}
@@ -221,6 +223,7 @@ class TrialConfig(pydantic.BaseModel):
         return f"{self.fingerprint[:10]}-s{self.seed}"
 
 
+_GATE_KEYS = ("temperature", "router_jitter", "bias_balance_rate")  # nothing to act on in `random` and `hash`
 _MOE_KEYS = (
     "moe_layers", "expert_width_factors", "top_k", "energy_lambda", "price", "regularizer", "regularizer_weight",
     "temperature", "router_jitter", "bias_balance_rate", "capacity_factor", "top_p", "upcycle_noise",

@@ -17,9 +17,12 @@ import torch
 from hwcost import EnergyMonitor, Measurement, share_energy
 from moe import RoutingStats, RoutingSummary
 from moe.captured import CapturedForward
+from moe.probes import agreement_between, oracle_agreement
 from pipelines.config import MEASURE_S, WARMUP_S, NonFiniteLossError, TrialConfig
 from pipelines.data import Corpus, TokenSplit
 from pipelines.model import Hardware
+
+PROBE_TOKENS = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,30 @@ def _forward(model: Any, block_BS: torch.Tensor, hardware: Hardware, *, dense: b
         if dense:
             return model(input_ids=block_BS, labels=block_BS, use_cache=False)
         return model(input_ids=block_BS, labels=block_BS, use_cache=False, output_routing=True)
+
+
+def oracle_by_layer(model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardware) -> list[float | None]:
+    """Agreement of each MoE layer's first choice with the oracle's, on the split's first 2,048 predicted tokens.
+
+    Raises:
+        ValueError: the split is shorter.
+    """
+    batches = _probe(split, hardware).split(config.batch_size)
+    return [oracle_agreement(model, batches, layer) for layer in range(len(model.routers))]
+
+
+def agreement_by_layer(model: Any, other: Any, split: TokenSplit, hardware: Hardware) -> list[float | None]:
+    """Agreement of each MoE layer's router with another model's, on the same tokens as the oracle's.
+
+    Raises:
+        ValueError: the models have not the same experts, MoE layers and width.
+    """
+    return agreement_between(model, other, _probe(split, hardware))
+
+
+def _probe(split: TokenSplit, hardware: Hardware) -> torch.Tensor:
+    blocks = math.ceil(PROBE_TOKENS / (split.blocks_NS.shape[1] - 1))
+    return split.blocks_NS[:blocks].to(hardware.device).long()
 
 
 def measure_prefill(

@@ -28,10 +28,15 @@ _BETAS = (0.9, 0.95)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochSums:
-    """What one epoch of training steps adds up to."""
+    """What one epoch of training steps adds up to.
+
+    `dropped_L` is the share of each MoE layer's choices that capacity dropped: zeros where the router drops none, None
+    for the dense model.
+    """
 
     loss_nats: float
     aux_loss: float | None
+    dropped_L: list[float] | None
     tokens: int
     steps: int
     learning_rate: float
@@ -183,7 +188,8 @@ class Trainer:
 
     def _run(self, blocks: Iterable[torch.Tensor], total_steps: int) -> EpochSums:
         self.model.train()
-        totals = torch.zeros(2, device=self.hardware.device)
+        layers = [router.drops for router in getattr(self.model, "routers", ())]
+        totals = torch.zeros(2 + sum(layers), device=self.hardware.device)
         rate, first, per_epoch = 0.0, self.step, self.per_epoch
         for block_BS in blocks:
             rate = learning_rate(self.config, self.step, total_steps, per_epoch)
@@ -193,10 +199,11 @@ class Trainer:
                 self._assert_finite(totals)
         self._assert_finite(totals)
         steps = self.step - first
-        lm, aux = (totals / max(steps, 1)).tolist()
+        lm, aux, *dropped_L = (totals / max(steps, 1)).tolist()
         return EpochSums(
             loss_nats=lm,
             aux_loss=None if self.config.is_dense else aux,
+            dropped_L=None if self.config.is_dense else dropped_L or [0.0] * len(layers),
             tokens=steps * self.tokens_per_step,
             steps=steps,
             learning_rate=rate,
@@ -224,13 +231,14 @@ class Trainer:
         return losses
 
     def _backward(self, block_BS: torch.Tensor) -> torch.Tensor:
-        """Gradients of one batch; returns [language-model loss, weighted regularizers]."""
+        """Gradients of one batch; returns [language-model loss, weighted regularizers, dropped share of each layer]."""
         with self.hardware.autocast():
             output = self.forward(input_ids=block_BS, labels=block_BS, use_cache=False)
         output.loss.backward()
         if self.config.is_dense:
             return torch.stack([output.loss.detach().float(), output.loss.new_zeros(()).float()])
-        return torch.stack([output.lm_loss.detach().float(), (output.loss - output.lm_loss).detach().float()])
+        losses = torch.stack([output.lm_loss.detach().float(), (output.loss - output.lm_loss).detach().float()])
+        return losses if output.dropped_L is None else torch.cat([losses, output.dropped_L])
 
     def _assert_finite(self, totals: torch.Tensor) -> None:
         if not bool(torch.isfinite(totals).all()):

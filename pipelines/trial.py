@@ -46,6 +46,8 @@ from pipelines.trial_rows import (
     TrialKey,
     config_columns,
     continued,
+    layer_columns,
+    mean_of,
     one_line,
     opening_columns,
     perplexity,
@@ -351,6 +353,7 @@ class Trial:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "modelled_train_energy_j": self.modelled.training_j(self.trainer.step) if self.epoch else None,
             **routing_columns(evaluation),
+            "dropped_fraction": mean_of([e.dropped_fraction for e in self.epochs]),
             "price_drift": last.price_drift,
             "lambda_undone": last.lambda_undone,
             **self._measured,
@@ -368,7 +371,6 @@ class Trial:
         train = branch or (self.ledger.of(TRAIN)[-1] if sums is not None else None)
         duration = train.duration_s if train is not None else None
         trained_j = self.ledger.energy_j(TRAIN)
-        routing = evaluation.routing
         return EpochRecord(
             **dataclasses.asdict(self.key),
             epoch=self.epoch,
@@ -388,9 +390,10 @@ class Trial:
             tokens_per_s=sums.tokens / duration if sums and duration else None,
             mean_power_w=train.mean_power_w if train else None,
             max_temperature_c=train.max_temperature_c if train else None,
-            expert_load=[list(load) for load in routing.load_LE] if routing else None,
-            layer_effective_experts=list(routing.layer_effective_experts) if routing else None,
+            dropped_fraction=mean_of(sums.dropped_L or []) if sums else None,
+            layer_dropped_fraction=sums.dropped_L if sums else None,
             **routing_columns(evaluation),
+            **layer_columns(evaluation),
             **self._audit_columns(evaluation),
         )
 
@@ -401,7 +404,7 @@ class Trial:
             return {}
         if not self.epochs:
             self._routing_at_start = routing
-        columns: dict[str, Any] = {"layer_logit_std": routing.layer_logit_std}
+        columns: dict[str, Any] = {}
         if self.prices is None or not self.config.is_priced:
             return columns
         audit = absorption(self._routing_at_start, routing, self.prices["train"].join, self.config.temperature)

@@ -73,10 +73,28 @@ def routing_columns(evaluation: Evaluation) -> dict[str, Any]:
         "routing_diversity": evaluation.routing.routing_diversity,
         "effective_experts": evaluation.routing.effective_experts,
         "load_cv": evaluation.routing.load_cv,
-        "dropped_fraction": evaluation.routing.dropped_fraction,
         "logit_std": evaluation.routing.logit_std,
         "routing_agreement": evaluation.routing.unpriced_agreement,
         "price_flip_fraction": evaluation.routing.price_flip_fraction,
+    }
+
+
+def layer_columns(evaluation: Evaluation) -> dict[str, Any]:
+    """The routing columns that epochs alone have, most of them by layer; empty for the dense model."""
+    routing = evaluation.routing
+    if routing is None:
+        return {}
+    return {
+        "max_violation": routing.max_violation,
+        "dead_experts": routing.dead_experts,
+        "domain_specialisation": routing.domain_specialisation,
+        "expert_load": routing.load_LE,
+        "layer_effective_experts": routing.layer_effective_experts,
+        "layer_max_violation": routing.layer_max_violation,
+        "layer_dead_experts": routing.layer_dead_experts,
+        "layer_domain_specialisation": routing.layer_domain_specialisation,
+        "layer_routing_agreement": routing.layer_unpriced_agreement,
+        "layer_logit_std": routing.layer_logit_std,
     }
 
 
@@ -104,6 +122,12 @@ def config_columns(config: TrialConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
     }
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean of the known values; None where there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def parse_row(text: str) -> TrialRecord:

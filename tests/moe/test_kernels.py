@@ -146,7 +146,10 @@ DECODING = {
     },
     "first choices": {"router": "piggyback", "energy_lambda": 0.2, "expert_widths": [64] * 6},
     "open sets beyond those all tried": {"router": "opening", "energy_lambda": 0.4, "expert_widths": [64] * 9},
+    "capacity, which drops nothing here": {"router": "capacity", "capacity_factor": 0.1, "expert_widths": [64] * 4},
     "a router without kernel": {"router": "hash", "expert_widths": [64] * 3},
+    "experts drawn at random": {"router": "random", "expert_widths": [64] * 5},
+    "as many experts as pass a threshold": {"router": "topp", "router_top_p": 0.6, "expert_widths": [64, 64, 0, 128]},
     "a dense block and a shared expert": {"moe_layers": [1], "shared_expert_width": 32, "expert_widths": [64] * 3},
 }
 

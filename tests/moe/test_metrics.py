@@ -59,6 +59,42 @@ def test_layers_are_kept_apart(route: Route) -> None:
     assert s.layer_diversity == [0.25, 1.0]
     assert s.layer_open_experts == [1.0, 4.0]
     assert s.layer_load_cv == pytest.approx([math.sqrt(3), 0.0])
+    assert (s.layer_max_violation, s.max_violation) == ([3.0, 0.0], 1.5)
+    assert (s.layer_dead_experts, s.dead_experts) == ([3.0, 0.0], 1.5)
+    assert s.layer_dropped_fraction == [0.0, 0.0]
+    assert s.layer_unpriced_agreement is None
+    assert s.layer_domain_specialisation is None
+    quarter = 0.125 * torch.eye(4)
+    quarter[0, 0] += 0.5
+    assert s.coactivation_EE == quarter.tolist()
+
+
+def test_drops_agreement_and_domains_by_layer(route: Route) -> None:
+    """The second layer drops half, decides against the price alone, and tells the domains apart."""
+    kept_TK = torch.tensor([[True], [True], [False], [False]])
+    first = chosen(route, [[0], [1], [0], [1]], 2, unpriced_TK=torch.tensor([[0], [1], [0], [1]]))
+    second = chosen(
+        route, [[0], [1], [0], [1]], 2, kept_TK=kept_TK, dropped_TK=~kept_TK, unpriced_TK=1 - first.expert_TK
+    )
+    stats = RoutingStats([1, 1], domains=2)
+    stats.update([first, second], torch.tensor([0, 1, 1, 0]))
+    s = stats.summary()
+    assert (s.layer_dropped_fraction, s.dropped_fraction) == ([0.0, 0.5], 0.25)
+    assert s.layer_domain_specialisation == pytest.approx([0.0, 1.0])
+    assert s.domain_specialisation == pytest.approx(0.5)
+    assert s.layer_unpriced_agreement is not None
+    own, other = s.layer_unpriced_agreement
+    assert own == pytest.approx(1.0)
+    assert other is not None
+    assert other < 0
+    assert s.unpriced_agreement == pytest.approx((1 + other) / 2)
+
+
+def test_one_domain_specialises_nobody(route: Route) -> None:
+    stats = RoutingStats([1] * 4, domains=1)
+    stats.update([chosen(route, [[0], [1]])], torch.tensor([0, 0]))
+    assert stats.summary().domain_specialisation is None
+    assert stats.summary().layer_domain_specialisation == [None]
 
 
 def test_padding_and_drops(route: Route) -> None:

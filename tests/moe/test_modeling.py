@@ -27,22 +27,26 @@ ALL_REGULARIZERS = {name: 0.01 for name in REGULARIZERS if name != "entropy"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_round_trip(tiny: Build, ids: Tensor, tmp_path: Path, activation: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "activation"), [*((name, "gelu") for name in sorted(ROUTERS)), ("energy", "swiglu")])
+def test_round_trip(tiny: Build, ids: Tensor, tmp_path: Path, name: str, activation: str, dtype: torch.dtype) -> None:
     model = tiny(
-        router="energy", energy_lambda=0.2, expert_activation=activation, shared_expert_width=16,
+        router=name, energy_lambda=0.2, expert_activation=activation, shared_expert_width=16,
         expert_widths=[64, 32, 0, 48], moe_layers=[1], bias_balance_rate=0.01, dtype=dtype,
     ).to(dtype)  # fmt: skip
     model.set_prices(torch.tensor([[1 / 3, 0.1, 0.0, 1e-5]]), torch.tensor([7.0, 2.0, 0.0, 1 / 7]))
     model.set_energy_lambda(0.37)
     model.set_temperature(1.9)
-    model.routers[0].bias_E.copy_(torch.tensor([0.001, -1 / 3, 0.5, 2.0]))
+    router = model.routers[0]
+    router.bias_E.copy_(torch.tensor([0.001, -1 / 3, 0.5, 2.0]))
+    router.offset_E.copy_(torch.tensor([0.3, -1 / 7, 0.0, 1e-4]))
+    router.count_E.copy_(torch.tensor([3.0, 0.0, 16_777_215.0, 7.0]))
+    assert all(value.any() for value in router.buffers())  # a buffer that is all zeros would prove nothing
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded, MoEGPT2LMHeadModel)
-    for (name, old), (_, new) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
-        assert new.dtype == torch.float32, name
-        assert torch.equal(old, new), name
+    for (key, old), (_, new) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+        assert new.dtype == torch.float32, key
+        assert torch.equal(old, new), key
     assert loaded.config.energy_lambda == 0.37
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(model.eval()(ids).logits, loaded.eval()(ids).logits)
@@ -338,6 +342,19 @@ def test_compiles_without_a_graph_break(tiny: Build, ids: Tensor, name: str, bac
         torch.manual_seed(0)
         losses.append(call(ids, labels=ids).loss)
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_drops_are_returned_compiled_too(tiny: Build, ids: Tensor) -> None:
+    model = tiny(router="capacity", capacity_factor=0.5, dispatch="loop").train()
+    output = model(ids, labels=ids, output_routing=True)
+    expected = [float(r.dropped_TK.sum()) / r.dropped_TK.numel() for r in output.routing]
+    assert output.dropped_L.tolist() == pytest.approx(expected)
+    assert min(expected) >= 0.45
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, labels=ids).dropped_L, output.dropped_L)
+    assert model.eval()(ids, labels=ids).dropped_L is None
+    assert tiny().train()(ids, labels=ids).dropped_L is None
 
 
 @pytest.mark.slow

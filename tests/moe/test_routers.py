@@ -93,18 +93,25 @@ def test_forward_changes_no_buffer(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in router.named_buffers())
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", sorted(name for name, router in ROUTERS.items() if router.causal))
-def test_a_causal_router_sees_no_later_token(name: str) -> None:
-    """Changing the second half of the only sequence leaves the first half's routing alone."""
-    router, (x_TD, tokens) = make(name), text(batch=1)
+def test_a_causal_router_sees_no_later_token(name: str, training: bool) -> None:
+    """Changing the second half of the only sequence leaves the first half's routing alone: what capacity drops too."""
+    router, (x_TD, tokens) = make(name, training=training, capacity_factor=0.3), text(batch=1)
     assert tokens.id_T is not None
     changed_TD, changed_id_T = x_TD.clone(), tokens.id_T.clone()
     changed_TD[4:] += 7.0
     changed_id_T[4:] = 3
     later = Tokens(batch_size=1, position_T=tokens.position_T, id_T=changed_id_T)
-    first, second = router(x_TD, tokens), router(changed_TD, later)
+    routings = []
+    for call in ((x_TD, tokens), (changed_TD, later)):
+        torch.manual_seed(5)  # `random` draws afresh
+        routings.append(router(*call))
+    first, second = routings
     assert torch.equal(first.expert_TK[:4], second.expert_TK[:4])
+    assert torch.equal(first.kept()[:4], second.kept()[:4])
     torch.testing.assert_close(first.weight_TK[:4], second.weight_TK[:4])
+    assert training is False or not router.drops or not first.kept()[:4].all()  # there is something to see
 
 
 def test_permuted_says_that_it_is_not_causal() -> None:
@@ -333,6 +340,20 @@ def test_random_is_uniform_and_differs_between_layers_and_positions() -> None:
         assert ((n_E - expected).square().sum() / expected) < 20.5  # χ², 5 degrees of freedom, p = 0.001
     overlap = (taken(first) & taken(second)).sum() / (K * length)
     assert abs(float(overlap) - K / E) < 0.03
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", sorted(set(ROUTERS) - set(LEARNED)))
+def test_temperature_jitter_and_balancing_do_nothing_without_a_gate(name: str, training: bool) -> None:
+    x_TD, tokens = text()
+    routings = []
+    for keys in ({}, {"router_temperature": 0.1, "router_jitter": 0.5, "bias_balance_rate": 0.5}):
+        router = make(name, training=training, **keys)
+        router.bias_E[3] = 100.0
+        torch.manual_seed(5)
+        routings.append(router(x_TD, tokens))
+    for before, after in zip(*(routing.tensors() for routing in routings), strict=True):
+        assert before is after is None or torch.equal(before, after)
 
 
 def test_hash_depends_on_the_vocabulary_entry_alone() -> None:

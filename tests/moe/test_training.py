@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from moe import REGULARIZERS, ROUTERS, BalanceCallback, MoEGPT2Config, MoEGPT2LMHeadModel, Router, Tokens
 from moe.routing import count_E
 
+ROOT = Path(__file__).parents[2]
 Build = Callable[..., MoEGPT2LMHeadModel]
 
 
@@ -99,6 +102,42 @@ def test_after_step_is_a_no_op_without_balancing(tiny: Build, ids: Tensor) -> No
     model(ids)
     model.after_step()
     assert all(r.count_E.sum() == 0 and r.bias_E.abs().sum() == 0 for r in model.routers)
+
+
+RANK = """
+import sys, torch
+from moe import MoEGPT2Config, MoEGPT2LMHeadModel
+rank, init, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+model = MoEGPT2LMHeadModel(
+    MoEGPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=9, expert_widths=[8] * 4, bias_balance_rate=0.25)
+)
+counts = {0: [[10.0, 0.0, 4.0, 2.0], [8.0, 0.0, 0.0, 0.0]], 1: [[0.0, 6.0, 6.0, 4.0], [0.0, 8.0, 8.0, 8.0]]}
+for router, count in zip(model.routers, counts[rank]):
+    router.count_E.copy_(torch.tensor(count))
+model.after_step()
+torch.save([(r.bias_E, r.count_E) for r in model.routers], f"{out}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_bias_balancing_sums_counts_over_processes(tmp_path: Path) -> None:
+    """[10, 6, 10, 6] and [8, 8, 8, 8] over both: each process alone would move its biases another way."""
+    init = (tmp_path / "meet").as_uri()
+    command = [sys.executable, "-c", RANK]
+    ranks = [subprocess.Popen([*command, str(rank), init, str(tmp_path)], cwd=ROOT) for rank in (0, 1)]
+    try:
+        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    for rank in (0, 1):
+        first, second = torch.load(tmp_path / f"{rank}.pt")
+        assert first[0].tolist() == [-0.25, 0.25, -0.25, 0.25]
+        assert second[0].tolist() == [0.0] * 4
+        assert first[1].sum() == second[1].sum() == 0
 
 
 # Balancing and the price

@@ -182,6 +182,8 @@ def test_other_architectures_are_refused(dense: Dense) -> None:
         upcycle(dense(), moe(n_embd=64))
     with pytest.raises(ValueError, match="dense_width: expected 128 as in the dense model, got 64"):
         upcycle(dense(), moe(n_inner=64))
+    with pytest.raises(ValueError, match="tie_word_embeddings: expected False as in the dense model, got True"):
+        upcycle(dense(tie_word_embeddings=False), moe())
 
 
 @pytest.mark.parametrize(

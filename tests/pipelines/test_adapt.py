@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -558,6 +559,59 @@ def test_upcycle_and_eval(tmp_path: Path) -> None:
     assert runner.invoke(cli.app, ["eval", str(dense), "--json", *keys]).exit_code == 0
     again = runner.invoke(cli.app, ["upcycle", str(dense), out])
     assert isinstance(again.exception, ConfigError)
+    twice = runner.invoke(cli.app, ["upcycle", out, str(tmp_path / "twice")])
+    assert isinstance(twice.exception, ConfigError)
+    assert str(twice.exception) == f"base: expected a dense GPT-2, got {out} (model_type moe_gpt2)"
+    assert not (tmp_path / "twice").exists()
+
+
+def test_eval_compares_routers(tmp_path: Path) -> None:
+    shape = {"vocab_size": 512, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "expert_widths": [64] * 3}
+    for name, more in (("one", {}), ("two", {}), ("narrow", {"n_embd": 16})):
+        config = MoEGPT2Config(**(shape | {"num_experts_per_tok": 1, "router": "energy"} | more))
+        MoEGPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    one, two, narrow = (str(tmp_path / name) for name in ("one", "two", "narrow"))
+    keys = [f"--set={key}={value}" for key, value in (KEYS | {"seq_len": 64, "max_eval_tokens": 4096}).items()]
+
+    def judge(*arguments: str) -> Any:
+        return CliRunner().invoke(cli.app, ["eval", one, "--json", *keys, *arguments])
+
+    itself = yaml.safe_load(judge("--oracle", "--against", one).stdout)
+    assert itself["layer_other_agreement"] == pytest.approx([1.0, 1.0])
+    assert len(itself["layer_oracle_agreement"]) == 2
+    assert itself["oracle_agreement"] == pytest.approx(sum(itself["layer_oracle_agreement"]) / 2)
+    assert abs(itself["oracle_agreement"]) < 0.5  # an untrained router is no oracle
+    other = yaml.safe_load(judge("--against", two).stdout)
+    assert other["other_agreement"] < 0.9
+    assert "oracle_agreement" not in other
+    for arguments, message in (
+        (["--against", narrow], "other: expected a model of width 32, got 16"),
+        (["--against", "/nowhere"], "against: expected a model in /nowhere"),
+        (["--oracle", "--set=max_eval_tokens=512"], "batches: expected at least 2048 predicted tokens"),
+    ):
+        found = judge(*arguments)
+        assert isinstance(found.exception, ConfigError)
+        assert message in str(found.exception)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_upcycle_without_noise_is_exact(tmp_path: Path, top_k: int) -> None:
+    import transformers
+
+    from moe.upcycling import upcycling_error
+
+    shape = transformers.GPT2Config(vocab_size=512, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    dense, out = transformers.GPT2LMHeadModel(shape), str(tmp_path / "moe")
+    dense.save_pretrained(tmp_path / "dense")
+    arguments = [str(tmp_path / "dense"), out, "--experts=3", f"--top-k={top_k}", "--noise"]
+    errors = []
+    for noise in ("0", "0.05"):
+        made = CliRunner().invoke(cli.app, ["upcycle", *arguments, noise])
+        assert made.exit_code == 0, made.output
+        model = MoEGPT2LMHeadModel.from_pretrained(out)
+        errors.append(upcycling_error(dense, model, torch.arange(32)[None]))
+        shutil.rmtree(out)
+    assert errors[0] < 1e-5 < errors[1]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,15 @@ def fingerprint(tiny: dict[str, Any], **changes: Any) -> str:
     return TrialConfig.parse(tiny | changes).fingerprint
 
 
+@pytest.mark.parametrize("router", ["random", "hash"])
+def test_without_a_gate_temperature_jitter_and_balancing_do_not_act(tiny: dict[str, Any], router: str) -> None:
+    gateless = tiny | {"router": router}
+    changes = {"temperature": 2.0, "router_jitter": 0.1, "bias_balance_rate": 0.01}
+    assert fingerprint(gateless) == fingerprint(gateless, **changes)
+    for key, value in changes.items():
+        assert fingerprint(tiny) != fingerprint(tiny, **{key: value})
+
+
 def test_replicates_share_a_fingerprint_and_not_an_id(tiny: dict[str, Any]) -> None:
     one, two = (TrialConfig.parse(tiny | {"seed": seed}) for seed in (1, 2))
     assert one.fingerprint == two.fingerprint

@@ -152,6 +152,35 @@ def test_loss_is_next_token_cross_entropy_in_nats(tiny: dict[str, Any]) -> None:
     assert found.bits_per_byte == pytest.approx(found.loss_nats / math.log(2) / split.bytes_per_token)
 
 
+def test_drops_are_those_of_the_training_steps(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Every step has the same tokens and the capacity is a share of them, so with a factor of ½ at least half drop."""
+    keys = {"router": "capacity", "capacity_factor": 0.5, "epochs": 2}
+    record = run_trial(config_of(tiny, **keys), out=tmp_path)
+    start, *epochs = Store(tmp_path).read(EpochRecord, "single").to_pylist()
+    assert start["dropped_fraction"] is start["layer_dropped_fraction"] is None
+    for epoch in epochs:
+        layers = epoch["layer_dropped_fraction"]
+        assert len(layers) == config_of(tiny).n_layer
+        assert all(0.49 < share < 1 for share in layers)
+        assert epoch["dropped_fraction"] == pytest.approx(sum(layers) / len(layers))
+    assert record.dropped_fraction == pytest.approx(sum(e["dropped_fraction"] for e in epochs) / 2)
+
+
+def test_routing_by_layer_has_the_mean_beside_it(finished: tuple[TrialRecord, Store]) -> None:
+    _, store = finished
+    for epoch in store.read(EpochRecord, "single").to_pylist():
+        names = ("effective_experts", "max_violation", "dead_experts", "domain_specialisation", "routing_agreement")
+        for name in names:
+            layers = epoch[f"layer_{name}"]
+            assert epoch[name] == pytest.approx(sum(layers) / len(layers)), name
+
+
+def test_a_router_without_capacity_drops_none(finished: tuple[TrialRecord, Store]) -> None:
+    record, store = finished
+    assert record.dropped_fraction == 0.0
+    assert [e["dropped_fraction"] for e in store.read(EpochRecord, "single").to_pylist()] == [None, 0.0, 0.0]
+
+
 def test_warming_up_leaves_no_trace(tiny: dict[str, Any]) -> None:
     config = config_of(tiny, bias_balance_rate=0.01, router_jitter=0.1)
     model, corpus, hardware = built(config)
