@@ -23,8 +23,9 @@ from pipelines.boards import with_anchors
 from pipelines.config import TrialConfig
 from pipelines.pareto import Front, pareto_front
 from pipelines.records import Store, TrialRecord
-from pipelines.warm import MOST_SHAPES
 
+#: Each takes half a minute to compile, for forty seconds of trials.
+MOST_SHAPES = 6
 #: Given on the command line of every stage, or no part of the experiment.
 _NOT_IN_THE_SPACE = ("base", "tokenizer", "data", "seed", "threads")
 #: What a compilation depends on, the slowest first; λ is a tensor.
@@ -38,7 +39,7 @@ def choose(
     configs: Sequence[Config], joules: np.ndarray, loss: np.ndarray, on_front: np.ndarray, most: int
 ) -> list[int]:
     """Rows to run again: the baseline and, of `most`, members (evenly along the front where they are too many), then
-    neighbours, those that lie least above the front first; no more shapes than a process keeps compiled.
+    neighbours, those that lie least above the front first; no more than MOST_SHAPES shapes.
 
     Neighbours end at an odd number in all: an even one on two or four boards gives all seeds of a configuration to one.
     """

@@ -313,7 +313,7 @@ def test_the_fronts_members_and_neighbours_run_again_with_seeds_of_their_own(who
     assert set(chosen) <= {*order, *beside, study_rows.baseline(settings)}
     shapes = [(c.regularizer, c.width_factors, c.top_k) for c in first]
     runs = 1 + sum(one != other for one, other in itertools.pairwise(shapes))
-    assert runs == len(set(shapes)) <= 6  # trials of one shape stand side by side, and a process keeps them all
+    assert runs == len(set(shapes)) <= 6  # trials of one shape stand side by side
 
 
 def test_a_front_of_too_many_members_is_thinned_evenly() -> None:

@@ -137,14 +137,18 @@ class CompilingActor(TabulatedActor):
 
 
 @pytest.mark.slow
-def test_ray_gives_a_worker_the_shape_it_has(tiny: dict[str, Any], tmp_path: Path) -> None:
-    domains = {"top_k": Grid((1, 2)), "energy_lambda": Grid((0.1, 0.2, 0.3, 0.4, 0.5))}
+def test_ray_gives_a_worker_the_shape_it_has(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a process that asked for a token once asks every cluster for it
+    domains = {"top_k": Grid((1, 2)), "energy_lambda": Grid((0.1, 0.2, 0.3, 0.4))}
     fixed = tiny | {"compile": True, "device": "cpu"}
     plan = plan_sweep(
         Space(name="s", question="", fixed=fixed, domains=domains, conditions={}, sweep={"anchor": False})
     )
     result = run_sweep(plan, out=tmp_path, parallel=2, actor=CompilingActor)
-    assert result.completed == 10
+    assert result.completed == 8
     rows = [json.loads(line) for line in (tmp_path / "shapes.jsonl").read_text().splitlines()]
-    assert sum(first for _, _, first in rows) == 2
-    assert len({(pid, shape) for pid, shape, _ in rows}) == 2
+    begun = [(pid, shape) for pid, shape, first in rows if first]
+    assert len({pid for pid, _ in begun[:2]}) == len({shape for _, shape in begun[:2]}) == 2
+    assert len(begun) <= 3  # who is done with a shape may help with the other
