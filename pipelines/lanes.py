@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ray import tune
-
 from pipelines.config import TrialConfig
+from pipelines.searcher import Stateless
 
 #: A shape: what compiled code depends on; None where nothing is compiled.
 Code = Hashable
@@ -103,7 +102,7 @@ class Lanes:
         return (again, 2 + waits, -left[card.code])
 
 
-class LaneSearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
+class LaneSearch(Stateless):
     """The trials of a plan as a Ray Tune searcher, which is asked for one whenever a process is free.
 
     Args:
@@ -122,7 +121,7 @@ class LaneSearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
         """The configuration of Ray's next trial: it goes to the process that became free first."""
         card = self.lanes.deal(self._free.pop(0) if self._free else None)
         if card is None:
-            return tune.search.Searcher.FINISHED
+            return self.FINISHED
         self._running[trial_id] = card
         return dict(self.entries[card.trial_id])
 
@@ -140,16 +139,3 @@ class LaneSearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
         if card is not None and worker is not None and not error:
             self.lanes.ran(card, worker)
             self._free.append(worker)
-
-    def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
-        """The trials are set already."""
-        return True
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the tables remember."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the tables remember."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import optuna
-from ray import tune
 
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.costaware import CostAwareStudy
 from pipelines.estimate import estimate
 from pipelines.plan import SweepPlan
 from pipelines.records import TrialRecord
+from pipelines.searcher import Stateless
 from pipelines.trial_rows import parse_row
 from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform
 
@@ -152,7 +152,7 @@ class Study:
         return {**self.space.fixed, **point}
 
 
-class StudySearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
+class StudySearch(Stateless):
     """The study as a Ray Tune searcher: whole configurations of actors go out, rows come back.
 
     Args:
@@ -171,7 +171,7 @@ class StudySearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
     def suggest(self, trial_id: str) -> Any:
         """The configuration of Ray's next trial."""
         if self.count <= 0:
-            return tune.search.Searcher.FINISHED
+            return self.FINISHED
         self.count -= 1
         config = self._first.pop(0) if self._first else self.study.ask()
         if config.threads is None:
@@ -185,19 +185,6 @@ class StudySearch(tune.search.Searcher):  # type: ignore[misc,unused-ignore]
         row = parse_row(text) if text and not error else None
         if trial_id in self._names:
             self.study.tell(self._names[trial_id], row, stopped=bool(result) and not text and not error)
-
-    def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
-        """Objectives and space are set already."""
-        return True
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the tables remember."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the tables remember."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
 
 def study_of(plan: SweepPlan, rows: Iterable[TrialRecord]) -> Study | CostAwareStudy:
