@@ -168,9 +168,7 @@ class Bench:
 
     def _read(self, counts: Any, measured: Any) -> tuple[dict[str, float], float] | None:
         """What the learner learns from; remembers the width that was selected, which is work without noise."""
-        widths_E = torch.tensor(self.shape.expert_widths, dtype=torch.float64)
-        slots = counts.tokens * self.shape.num_moe_layers
-        self.widths.append(float(counts.chosen_E.cpu().double() @ widths_E) / slots)
+        self.widths.append(counts.mean_width(self.shape))
         return self.read(counts, measured) if self.forward.repeats == 0 else None
 
     def reach(self) -> Reach:

@@ -24,6 +24,7 @@ from hwcost.cost_model import CostModel
 from hwcost.judge import REPEATABILITY, modelled_j, relative_errors
 from hwcost.ops import ModelShape
 from hwcost.points import Calibration, of_kind
+from pipelines.modelled import at_width
 
 PAIR_GAP = REPEATABILITY  # pairs of trials closer than this do not say which costs more
 
@@ -54,17 +55,15 @@ def completed(sweep: Path) -> list[dict[str, Any]]:
 def shape_of(trial: dict[str, Any]) -> ModelShape:
     """What was routed, not what could have been: all experts as wide as those selected on average."""
     config = json.loads(trial["config_json"])
-    widths = trial["expert_widths"] or ()
-    selected = trial.get("mean_selected_width")
-    if widths and selected:
-        widths = (round(selected / trial["top_k"]),) * len(widths)
-    return ModelShape(
+    shape = ModelShape(
         d_model=config["n_embd"],
         num_layers=config["n_layer"],
         num_heads=config["n_head"],
-        expert_widths=tuple(widths),
+        expert_widths=tuple(trial["expert_widths"] or ()),
         top_k=trial["top_k"] or 1,
     )
+    selected = trial.get("mean_selected_width")
+    return at_width(shape, selected) if shape.expert_widths and selected else shape
 
 
 def modelled(

@@ -18,6 +18,7 @@ from hwcost.judge import mape
 from hwcost.ops import COMPUTE, COUNTERS, MEMORY, Call, Counts, ModelShape, counts_of, moe_layer
 from moe.opening import choosing_launches
 from pipelines.chart import COLOURS, DASHES, Axis, Chart, Key, Line, Point
+from pipelines.modelled import at_width
 
 BATCHES = (1, 8, 32, 128)
 #: Share of a step's time from which on the host that dispatches its kernels bounds it (it runs beside the device).
@@ -190,18 +191,16 @@ def _sum(counts: Counts, names: Sequence[str]) -> float:
 def shape_of(row: Row) -> ModelShape:
     """The model of a row, with the width that its router selected."""
     config = row["config"]
-    widths = tuple(row["expert_widths"] or ())
-    selected = row["mean_selected_width"]
-    if widths and selected and config["top_k"]:
-        widths = (round(selected / config["top_k"]),) * len(widths)
-    return ModelShape(
+    shape = ModelShape(
         d_model=config["n_embd"],
         num_layers=config["n_layer"],
         num_heads=config["n_head"],
-        expert_widths=widths,
+        expert_widths=tuple(row["expert_widths"] or ()),
         top_k=config["top_k"],
         dtype="fp32" if row["dtype"] == "fp32" else "bf16",
     )
+    selected = row["mean_selected_width"]
+    return at_width(shape, selected) if shape.expert_widths and selected and shape.top_k else shape
 
 
 def _phase_chart(rows: Sequence[Row], batches: Sequence[int]) -> tuple[Chart, ...]:

@@ -77,6 +77,12 @@ class Counts:
     chosen_E: torch.Tensor | None = None
     open_E: torch.Tensor | None = None
 
+    def mean_width(self, shape: ModelShape) -> float:
+        """Inner width that a token passed through a layer on average, its K experts together, neurons."""
+        assert self.chosen_E is not None, "nothing was counted"
+        widths_E = torch.tensor(shape.expert_widths, dtype=torch.float64)
+        return float(self.chosen_E.cpu().double() @ widths_E) / (self.tokens * shape.num_moe_layers)
+
     def add(self, routings: Sequence[Any], tokens: int) -> None:
         """One chunk."""
         chosen = torch.stack([count_E(r.expert_TK, r.kept(), r.num_experts) for r in routings])
@@ -330,14 +336,13 @@ def modelled_chunks(
 
     Experts are taken to be as wide as those selected were on average, as for a trial's training joules.
     """
-    widths_E = torch.tensor(shape.expert_widths, dtype=torch.float64)
 
     def joules(counts: Counts, batch_size: int, temperature_c: float | None) -> float | None:
         if counts.chosen_E is None or not counts.tokens:
             return None
-        width = float(counts.chosen_E.cpu().double() @ widths_E) / (counts.tokens * shape.num_moe_layers)
+        at = at_width(shape, counts.mean_width(shape))
         cost = cost_model.get_cost(
-            "prefill", batch_size, seq_len, shape=at_width(shape, width), current_temp=temperature_c, extrapolate=True
+            "prefill", batch_size, seq_len, shape=at, current_temp=temperature_c, extrapolate=True
         )
         return cost.j_per_token * counts.tokens
 
