@@ -17,6 +17,7 @@ from moe import MoEGPT2LMHeadModel
 from moe.dense import without_experts
 from pipelines.config import DENSE, ConfigError, TrialConfig
 from pipelines.data import Corpus, load_corpus
+from pipelines.hub import first_line
 from pipelines.model import Hardware, prices_of, switch_opening, weigh_opening
 from pipelines.prices import Prices
 
@@ -56,8 +57,7 @@ def load_checkpoint(path: str, values: Mapping[str, Any], monitor: EnergyMonitor
     try:
         model = kind.from_pretrained(path, dtype=torch.float32)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ConfigError(f"checkpoint: expected a model in {path}, got {reason}") from None
+        raise ConfigError(f"checkpoint: expected a model in {path}, got {first_line(error)}") from None
     if config.is_dense:
         model = without_experts(model)
     corpus = load_corpus(config)
@@ -83,8 +83,7 @@ def load_routers(path: str, like: Loaded) -> MoEGPT2LMHeadModel:
         kind = transformers.AutoConfig.from_pretrained(path).model_type
         model = MoEGPT2LMHeadModel.from_pretrained(path, dtype=like.model.dtype) if kind == "moe_gpt2" else None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ConfigError(f"against: expected a model in {path}, got {reason}") from None
+        raise ConfigError(f"against: expected a model in {path}, got {first_line(error)}") from None
     if model is None:
         raise ConfigError(f"against: expected a model with experts in {path}, got one of model_type {kind}")
     return model.to(like.hardware.device).eval()

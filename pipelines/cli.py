@@ -285,18 +285,7 @@ cli_models.register(app)
 
 
 def _overrides(settings: list[str] | None, **named: str | None) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
-        try:
-            values[key] = read_yaml(value)
-        except RepeatedKeyError as error:
-            raise ConfigError(f"--set {key}: {error}") from None
-        except yaml.YAMLError:  # a glob such as *.txt
-            values[key] = value
-    return values | {key: value for key, value in named.items() if value is not None}
+    return cli_models.settings_of(settings) | {key: value for key, value in named.items() if value is not None}
 
 
 def _yaml_mapping(path: Path) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import ConfigError, TrialConfig
+from pipelines.hub import first_line
 from tune_spaces import RepeatedKeyError, read_yaml
 
 if TYPE_CHECKING:
@@ -69,8 +71,7 @@ def upcycle(
         kind = transformers.AutoConfig.from_pretrained(base).model_type
         dense = transformers.GPT2LMHeadModel.from_pretrained(base) if kind == "gpt2" else None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ConfigError(f"base: expected a dense GPT-2, got {base} ({reason})") from None
+        raise ConfigError(f"base: expected a dense GPT-2, got {base} ({first_line(error)})") from None
     if dense is None:  # its experts would be taken for missing weights, and drawn at random
         raise ConfigError(f"base: expected a dense GPT-2, got {base} (model_type {kind})")
     model = make(dense, moe_config_of(config, dense.config), noise=noise, seed=seed)
@@ -326,7 +327,17 @@ def _values(
         "data": data, "tokenizer": tokenizer, "batch_size": batch, "seq_len": seq_len,
         "max_eval_tokens": max_eval_tokens, "measure_seconds": seconds,
     }  # fmt: skip
-    for setting in settings or []:
+    return {key: value for key, value in (values | settings_of(settings)).items() if value is not None}
+
+
+def settings_of(settings: Sequence[str] | None) -> dict[str, Any]:
+    """What `--set KEY=VALUE` says, values read as YAML; text that is none (a glob such as *.txt) stays text.
+
+    Raises:
+        ConfigError: no `=`, or a key given twice in a mapping.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings or ():
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
@@ -334,7 +345,9 @@ def _values(
             values[key] = read_yaml(value)
         except RepeatedKeyError as error:
             raise ConfigError(f"--set {key}: {error}") from None
-    return {key: value for key, value in values.items() if value is not None}
+        except yaml.YAMLError:
+            values[key] = value
+    return values
 
 
 def _numbers(key: str, text: str) -> tuple[float, ...]:
