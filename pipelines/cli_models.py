@@ -260,7 +260,8 @@ def _cost_of_adapting(windows: Sequence[Window]) -> str:
     update_j, all_j = sum(u for u, _ in pairs if u is not None), sum(e for _, e in pairs if e is not None)
     text = f"Updates took {updating:.1%} of the time"
     if all_j > 0:
-        text += f" and, by it, {update_j:.4g} of {all_j:.4g} J, which are in the windows"
+        word = " (modelled)" if any(w.measurement.source == "modelled" for w in windows) else ""
+        text += f" and, by it, {update_j:.4g} of {all_j:.4g} J{word}, which are in the windows"
     modelled = [(w.modelled_j, w.measurement.energy_j) for w in windows]
     both = [(m, e) for m, e in modelled if m is not None and e is not None]
     if both:

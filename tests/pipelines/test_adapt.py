@@ -180,6 +180,11 @@ def test_the_joules_of_updates_are_the_windows_by_their_share_of_its_time(
     assert f"and, by it, {total:.4g} of {sum(row['energy_j'] for row in rows):.4g} J" in line
     assert {row["modelled_j"] for row in rows} == {None}  # no GPU, whose joules the cost model could know
     assert "modelled" not in line
+    guessed = [
+        dataclasses.replace(w, measurement=dataclasses.replace(w.measurement, source="modelled")) for w in found.windows
+    ]
+    assert " J (modelled), which" in _cost_of_adapting(guessed)
+    assert "(modelled)" not in line
 
 
 def test_feedback_tells_memory_and_the_cost_models_joules(
