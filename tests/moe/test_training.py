@@ -45,7 +45,7 @@ def trainer(model: nn.Module, out: Path, callbacks: list[Any] | None = None, **k
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_the_trainer_runs_unchanged(tiny: Build, tmp_path: Path, name: str) -> None:
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="needs accelerate, which the dev extra installs")
     model = tiny(router=name, regularizers={"load_balance": 0.1}, bias_balance_rate=0.05)
     run = trainer(model, tmp_path, [BalanceCallback()], save_strategy="epoch")
     before = run.evaluate()["eval_loss"]
@@ -59,7 +59,7 @@ def test_the_trainer_runs_unchanged(tiny: Build, tmp_path: Path, name: str) -> N
 
 def test_accumulation_equals_one_large_batch(tiny: Build, tmp_path: Path) -> None:
     """The Trainer sums micro-batches over num_items_in_batch; an unscaled auxiliary loss would count four times."""
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="needs accelerate, which the dev extra installs")
     states = []
     for size, accumulation in ((24, 1), (6, 4)):
         model = tiny(regularizers={"z_loss": 0.5, "token_entropy": 0.5}).double()

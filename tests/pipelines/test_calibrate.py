@@ -231,7 +231,7 @@ def test_points_can_be_fitted_again_without_a_gpu(workers, tmp_path, monkeypatch
 
 def test_a_gpu_that_is_not_there_is_named():
     if torch.cuda.device_count():
-        pytest.skip("has a GPU")
+        pytest.skip("needs a host without a GPU")
     with pytest.raises(ValueError, match="device: expected a CUDA GPU"):
         calibrate.calibrate(None, device="cuda")
 
