@@ -145,7 +145,8 @@ class Decoder:
         S = ids_BS.shape[1]
         if self._copy is not None:
             torch._foreach_copy_(list(self._copy.parameters()), list(self.source.parameters()))
-            torch._foreach_copy_(list(self._copy.buffers()), list(self.source.buffers()))
+            if buffers := list(self._copy.buffers()):  # a dense model has none
+                torch._foreach_copy_(buffers, list(self.source.buffers()))
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
             keys[:, :, :S].copy_(layer.keys[:, :, :S])
             values[:, :, :S].copy_(layer.values[:, :, :S])

@@ -55,9 +55,9 @@ def loop_in_double(x_TD, slot_TK, weight_TK, weights, widths, dy_TD):
     return [y_TD, *torch.autograd.grad(y_TD, wide, dy_TD.double())]
 
 
-def assert_near(got, want, limit):
-    for a, b in zip(got, want, strict=True):
-        assert (a.double() - b).norm() <= limit * b.norm().clamp_min(1e-12)
+def assert_near(got, want, limit, scales=None):
+    for a, b, scale in zip(got, want, scales or [b.norm() for b in want], strict=True):
+        assert (a.double() - b).norm() <= limit * scale.clamp_min(1e-12)
 
 
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
@@ -71,7 +71,10 @@ def assert_fused_equals_loop(x_TD, slot_TK, weight_TK, weights, widths):
     got = [y_TD, *torch.autograd.grad(y_TD, inputs, dy_TD)]
     want = loop_in_double(x_TD, slot_TK, weight_TK, weights, widths, dy_TD)
     limit = 1.5e-2 if x_TD.dtype == torch.bfloat16 else 2e-5
-    assert_near(got, want, limit)
+    scales = [b.norm() for b in want]
+    # A mixing weight's gradient is a product of two vectors, which may cancel: its rounding goes with their lengths.
+    scales[2] = torch.maximum(scales[2], (want[0].norm(dim=-1) * dy_TD.double().norm(dim=-1)).norm())
+    assert_near(got, want, limit, scales)
     with torch.no_grad():
         assert_near([fused.fused(x_TD, slot_TK, weight_TK, weights, widths)], want[:1], limit)
     return got[3:]
@@ -196,12 +199,13 @@ def test_generate_uses_the_graph_and_agrees(options, monkeypatch):
 
 
 @torch.no_grad()
-def test_decode_step_in_16_bits_over_float32_weights():
+@pytest.mark.parametrize("moe_layers", [[0, 1], []], ids=["experts", "dense"])
+def test_decode_step_in_16_bits_over_float32_weights(moe_layers):
     """As under autocast: products from a 16-bit copy, the residual in float32; and the check that guards it bites."""
     torch.manual_seed(0)
     config = MoEGPT2Config(
         n_layer=2, n_embd=64, n_head=2, vocab_size=200, n_positions=64, expert_widths=[64, 0, 128], router="energy",
-        energy_lambda=0.3, initializer_range=0.3,
+        energy_lambda=0.3, initializer_range=0.3, moe_layers=moe_layers,
     )  # fmt: skip
     model = MoEGPT2LMHeadModel(config).to(DEVICE).eval()
     ids_BS = torch.randint(200, (3, 5), device=DEVICE)
