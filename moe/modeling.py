@@ -18,16 +18,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from moe.blocks import DenseGPT2Block, MoEGPT2Block
 from moe.config import MoEGPT2Config
 from moe.experts import Experts
 from moe.generation import GraphedGeneration
-from moe.native_ops import Attention, Dropout, head_loss
-from moe.plain import PlainExperts
-from moe.registry import ROUTERS
+from moe.native_ops import Dropout, head_loss
 from moe.regularizers import REGULARIZERS, Regularizer, kl_gibbs
 from moe.routers import Router, initial_buffers
 from moe.routing import Routing, Tokens, count_E
@@ -54,57 +53,12 @@ class MoEGPT2Output(MoeCausalLMOutputWithPast):
     dropped_L: Tensor | None = None
 
 
-class MoEMLP(nn.Module):
-    """Router, experts, the optional shared expert, and GPT-2's dropout, once, after they are combined."""
-
-    def __init__(self, config: MoEGPT2Config, layer_idx: int) -> None:
-        super().__init__()
-        self.router: Router = ROUTERS[config.router](config, layer_idx)
-        self.experts = PlainExperts(config) if config.plain_experts else Experts(config)
-        self.shared = GPT2MLP(config.shared_expert_width, config) if config.shared_expert_width else None
-        self.dropout = Dropout(config.resid_pdrop)
-
-    def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Routing]:
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        routing = self.router(x_TD, tokens)
-        y_TD = self.experts(x_TD, routing)
-        if self.shared is not None:  # its own dropout would be a second one
-            y_TD = y_TD + self.shared.c_proj(self.shared.act(self.shared.c_fc(x_TD)))
-        return self.dropout(y_TD).view_as(x_BSD), routing
-
-
-class MoEGPT2Block(GPT2Block):
-    """GPT-2's block with experts for its FFN. Returns hidden states and the routing's tensors, flat: reentrant
-    gradient checkpointing keeps gradients of a tuple's tensors and of nothing else."""
-
-    def __init__(self, config: MoEGPT2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx=layer_idx)
-        self.attn = Attention(config, layer_idx)
-        self.mlp = MoEMLP(config, layer_idx)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        tokens: Tokens | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor | None, ...]:
-        assert tokens is not None
-        attended, _ = self.attn(
-            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
-        hidden_states = attended + hidden_states
-        mixed, routing = self.mlp(self.ln_2(hidden_states), tokens)
-        return (hidden_states + mixed, *routing.tensors())
-
-
 class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
     """Loading, saving and initialisation."""
 
     config: MoEGPT2Config
     config_class = MoEGPT2Config
-    _no_split_modules = ["GPT2Block", "MoEGPT2Block"]  # noqa: RUF012
+    _no_split_modules = ["DenseGPT2Block", "MoEGPT2Block"]  # noqa: RUF012
     _supports_static_cache = True
 
     @torch.no_grad()
@@ -132,7 +86,7 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = Dropout(config.embd_pdrop)
-        blocks = (MoEGPT2Block if i in config.moe_layer_indices else GPT2Block for i in range(config.n_layer))
+        blocks = (MoEGPT2Block if i in config.moe_layer_indices else DenseGPT2Block for i in range(config.n_layer))
         self.h = nn.ModuleList(block(config, layer_idx=i) for i, block in enumerate(blocks))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False

@@ -31,8 +31,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
+from moe.blocks import MoEMLP
 from moe.config import MoEGPT2Config
-from moe.modeling import MoEGPT2LMHeadModel, MoEMLP
+from moe.modeling import MoEGPT2LMHeadModel
 
 QUICK_GELU = 1.702
 

@@ -41,3 +41,13 @@ def test_the_losses_and_gradients_are_those_of_gpt2(dense: Callable[..., GPT2LMH
 def test_a_model_with_experts_is_no_dense_one(tiny: Callable[..., MoEGPT2LMHeadModel]) -> None:
     with pytest.raises(ValueError, match="moe_layers"):
         to_gpt2(tiny())
+
+
+def test_its_activation_stays_in_16_bits_under_autocast(dense: Callable[..., GPT2LMHeadModel]) -> None:
+    plain = dense()
+    model = without_experts(plain)
+    x_TH = torch.randn(9, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for block in model.transformer.h:
+            assert block.mlp.act(x_TH.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(model.transformer.h[0].mlp.act(x_TH), plain.transformer.h[0].mlp.act(x_TH))

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from moe import REGULARIZERS, ROUTERS, MoEGPT2Config, MoEGPT2LMHeadModel, generation
-from moe.modeling import MoEGPT2Block
+from moe.blocks import MoEGPT2Block
 from tests.moe.conftest import TINY
 
 Build = Callable[..., MoEGPT2LMHeadModel]
