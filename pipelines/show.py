@@ -98,7 +98,8 @@ def front_lines(front: Front, *, limit: int = 40) -> list[str]:
         lines.append(f"hypervolume {front.hypervolume:.6g} to the reference point {at}{beyond}")
     if front.knee is not None:
         lines.append(f"◀ knee: {_knee_words(front)}")
-    lines.append(f"context: {front.context}")
+    if len(front.on_front_N):  # of no rows there is nothing to say
+        lines.append(f"context: {front.context}")
     lines += [f"left out: {left.count} × {left.reason}{_examples(left.trial_ids)}" for left in front.left_out]
     lines += [f"separate front: {rows} rows on {context}" for context, rows in front.others]
     lines += [f"note: {note}" for note in front.notes]
