@@ -98,9 +98,14 @@ def submitted(space: Path, out: Path, head: str, *options: str, **token: str) ->
     """`joulemoe submit --follow`, running."""
     words = [sys.executable, "-m", "pipelines.cli", "submit", str(space), "--address", head, "--out", str(out)]
     words += ["--follow", *(f"--option={option}" for option in options)]
-    return subprocess.Popen(
-        words, env=os.environ | TOKEN | token, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # Scripts start what runs in the background with SIGINT ignored. Children inherit that, but not a handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            words, env=os.environ | TOKEN | token, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def space_of(trial: dict[str, Any], folder: Path) -> Path:
