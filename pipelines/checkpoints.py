@@ -95,7 +95,8 @@ class Checkpoints:
 
     def _epochs(self) -> list[str]:
         selector = pafs.FileSelector(self.root, allow_not_found=True)
-        return sorted(e.base_name for e in self.fs.get_file_info(selector) if e.base_name.startswith("epoch-"))
+        names = (entry.base_name for entry in self.fs.get_file_info(selector))
+        return sorted((name for name in names if name.startswith("epoch-")), key=lambda name: (len(name), name))
 
     def _write(self, name: str, files: dict[str, bytes]) -> None:
         target = f"{self.root}/{name}"

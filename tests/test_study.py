@@ -542,7 +542,7 @@ def test_stages_run_one_after_another_and_one_that_fails_does_not_end_the_rest(t
     assert b"stage epochs ended with 3" in ran.stderr
     more = "--base base --tokenizer words --data text --max-hours"
     assert (tmp_path / "log").read_text().splitlines() == [
-        f"joulemoe sweep tune_spaces/study/epochs.yaml --out out --sweep-id epochs {more} 0.01",
+        f"joulemoe sweep tune_spaces/study/epochs.yaml --out out --sweep-id epochs {more} 0.01 --anchor",
         "python -m benchmarks.study_members out --out out/members.yaml",
         f"joulemoe sweep out/members.yaml --out out --sweep-id members {more} 0.025",
         "joulemoe sweep tune_spaces/study/long.yaml --out out --sweep-id long"
