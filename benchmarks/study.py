@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import study_controls, study_long, study_phases, study_sections, study_test_time
 from benchmarks.study_rows import Study, load
-from benchmarks.study_sections import Section
+from benchmarks.study_text import Section
 from pipelines import figures
 
 SECTIONS: tuple[Callable[[Study], Section], ...] = (

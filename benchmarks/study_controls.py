@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import study_rows as data
+from benchmarks.study_prices import among_prices
 from benchmarks.study_rows import Mean, Row, Study
-from benchmarks.study_sections import NOT_RUN, Section, markdown, text
+from benchmarks.study_text import NOT_RUN, Section, markdown, text
 from pipelines.chart import COLOURS, SHAPES, Axis, Chart, Key, Line, Point
 from pipelines.compare import MARGIN_NATS, Estimate, Pair, compare
 
@@ -77,6 +78,10 @@ def controls(study: Study) -> Section:
     for what, base in references(rows).items():
         said.append(_differences(study, what, base, both))
     said += _at_equal_loss(study, rows, both)
+    by_k = _lines(rows)["K without a price"]
+    if study.corrected and len(by_k) == 2:
+        groups = {key: side.groups[key] for side in both for key in side.own}
+        said += filter(None, [among_prices(groups, *by_k)])
     switched = [row for row in rows if row["opening_active"] is not None]
     if switched:
         active = sum(row["opening_active"] for row in switched)

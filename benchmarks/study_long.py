@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks import study_rows as data
 from benchmarks.study_controls import estimate
 from benchmarks.study_rows import Row, Study
-from benchmarks.study_sections import NOT_RUN, Section, markdown, text
+from benchmarks.study_text import NOT_RUN, Section, markdown, text
 from pipelines.compare import compare
 
 STAGE = "long"

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import study_rows as data
 from benchmarks.study_rows import Row, Study
-from benchmarks.study_sections import NOT_RUN, Section, markdown, text
+from benchmarks.study_text import NOT_RUN, Section, markdown, text
 from hwcost import CostModel
 from hwcost.judge import mape
 from hwcost.ops import COMPUTE, COUNTERS, MEMORY, Call, Counts, ModelShape, counts_of, moe_layer

@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks import study_rows as data
 from benchmarks.study_dense import Beside
+from benchmarks.study_prices import against_lines
 from benchmarks.study_rows import Mean, Row, Study
-from pipelines.chart import Axis, Chart, Figure, Key, Line, Point
+from benchmarks.study_text import NOT_RUN, Section, markdown, text, total
+from pipelines.chart import Axis, Chart, Key, Line, Point
 from pipelines.pareto import Front, pareto_front
 from pipelines.results import Look, title_of
 from pipelines.show import front_lines, interval, number
-
-NOT_RUN = "Not run."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
-    """A heading, paragraphs of Markdown under it, and figures."""
-
-    title: str
-    text: tuple[str, ...]
-    figures: tuple[Figure, ...] = ()
-
-    @property
-    def ran(self) -> bool:
-        """False where the stage is missing."""
-        return self.text != (NOT_RUN,)
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def text(value: float | None, digits: int = 4, *, unit: str = "") -> str:
-    """A number, or a dash where it is not known."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}{unit}"
-
-
-def total(values: Iterable[float | None]) -> float | None:
-    """A sum; None where nothing is known."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
-
 
 # --- cost --------------------------------------------------------------------------------------------------
 
@@ -83,10 +50,16 @@ def _bill(stage: str, attempts: Sequence[Row], anchors: Sequence[Row]) -> tuple[
         len(last),
         sum(row["state"] == "FAILED" for row in last.values()),
         total(row["train_energy_j"] for row in last.values()),
-        total(row["total_energy_j"] for row in last.values()),
+        total(map(_whole_j, last.values())),
         total(row["energy_j"] for row in anchors),
         None if seconds is None else seconds / 60,
     )
+
+
+def _whole_j(row: Row) -> float | None:
+    """All joules of a trial; where some part is not known, those that are."""
+    whole: float | None = row["total_energy_j"]
+    return total([row["setup_energy_j"], row["train_energy_j"]]) if whole is None else whole
 
 
 def _cells(row: Sequence[Any]) -> list[str]:
@@ -199,9 +172,7 @@ def front(study: Study) -> Section:
     if dense.runs:
         said.append(dense.text())
     said.append("\n".join(f"* {line}" for line in front_lines(found)))
-    effects = _regularizers(list(rows.values()))
-    if effects:
-        said.append(effects)
+    said += filter(None, [_regularizers(list(rows.values())), against_lines(list(rows.values()))])
     return Section(title="The front", text=tuple(said), figures=(_front_chart(found, rows, "front", dense),))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.study_rows import Mean, Study
-from benchmarks.study_sections import NOT_RUN, Section, markdown, text
+from benchmarks.study_text import NOT_RUN, Section, markdown, text
 from pipelines.chart import Axis, Chart, Key, Line
 
 Found = Mapping[str, Any]
@@ -60,20 +60,34 @@ def _budgets(found: Found) -> str:
             str(len(one["spread"])),
             f"{one['off']:+.2%}" if _known(one["off"]) else "–",
             str(len(one["pairs"])),
+            _loss(one),
             _pm(one["raw"]),
             _pm(one["at_equal_joules"]),
-            _pm(one["at_equal_joules_static"]) if "at_equal_joules_static" in one else "–",
+            _around(one),
             f"{one['update_s'] / one['span_s']:.2%}",
         ]
         for share, one in sorted(kept.items())
     ]
     head = ("budget in the range", "budget, mJ/token", "windows", "mean of windows off by", "seeds",
-            "loss less static λ's, nat", "at equal joules, nat",
+            "loss, nat", "loss less static λ's, nat", "at equal joules, nat",
             "by static λ's around it, nat", "time of updates")  # fmt: skip
     return (
         "**Budgets**, stationary text, from the side of λ = 0. Static: the frozen router at the mean λ on the same "
         f"text, paired by seed, with 95 % intervals.\n\n{markdown(head, body)}"
     )
+
+
+def _loss(one: Found) -> str:
+    losses = [pair["adapted_loss"] for pair in one["pairs"] if _known(pair.get("adapted_loss"))]
+    return f"{sum(losses) / len(losses):.4f}" if losses else "–"
+
+
+def _around(one: Found) -> str:
+    """Of some seeds static λ's beside the budget may not be known."""
+    if "at_equal_joules_static" not in one:
+        return "–"
+    known = sum(_known(pair.get("at_equal_joules_static")) for pair in one["pairs"])
+    return _pm(one["at_equal_joules_static"]) + ("" if known == len(one["pairs"]) else f" ({known} seeds)")
 
 
 def _changes(found: Found) -> str:

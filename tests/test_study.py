@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import mixed_corpus, study, study_controls, study_members, study_phases, study_rows
+from benchmarks import mixed_corpus, study, study_controls, study_members, study_phases, study_prices, study_rows
 from benchmarks.study_controls import references
 from benchmarks.study_rows import STAGES, Mean, Spread
 from benchmarks.trained import texts
@@ -517,6 +517,14 @@ def test_small_samples_have_students_intervals() -> None:
     pooled = Spread.of([[1.0, 3.0], [5.0], [2.0, 2.0]])
     assert pooled is not None
     assert (pooled.value, pooled.dof) == (1.0, 2)
+
+
+def test_savings_are_read_off_the_line_through_two_trials() -> None:
+    low, high = ({"train_energy_j": j, "eval_loss_nats": loss} for j, loss in ((400.0, 5.0), (100.0, 5.2)))
+    at = {"train_energy_j": 150.0, "eval_loss_nats": 5.1}  # the line takes √(400 · 100) J there
+    assert study_prices.saving((low, high), at) == pytest.approx(math.log(200 / 150))
+    assert study_prices.saving((high, low), at | {"train_energy_j": 250.0}) == pytest.approx(math.log(200 / 250))
+    assert study_prices.saving((low, high), at | {"eval_loss_nats": 5.3}) is None
 
 
 @pytest.mark.parametrize(
