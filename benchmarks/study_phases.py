@@ -15,7 +15,7 @@ from benchmarks.study_rows import Row, Study
 from benchmarks.study_text import NOT_RUN, Section, markdown, text
 from hwcost import CostModel
 from hwcost.judge import mape
-from hwcost.ops import COMPUTE, COUNTERS, MEMORY, Call, Counts, ModelShape, counts_of, moe_layer
+from hwcost.ops import COMPUTE, COUNTERS, MEMORY, Call, Counts, ModelShape, counts_of, lm_head, moe_layer
 from moe.opening import choosing_launches
 from pipelines.chart import COLOURS, DASHES, Axis, Chart, Key, Line, Point
 from pipelines.modelled import at_width
@@ -119,6 +119,9 @@ def reached(row: Row, watts: Mapping[tuple[str, str], float], batches: Sequence[
 def _reached(row: Row, op: str, call: Call, joules: float | None, seconds: float | None) -> Reached:
     profile = CostModel.for_device(row["gpu_name"], row["power_limit_w"]).profile
     counts = counts_of(op, shape_of(row), call, graphed_batch=profile.decode_graph_batch)
+    if op == "prefill":  # the operation counts every position's logits; a trial's prefill reads the last one's alone
+        last = dataclasses.replace(call, seq_len=1)
+        counts += -1.0 * lm_head(shape_of(row), call) + lm_head(shape_of(row), last)
     launches, experts = counts.launches, len(row["expert_widths"] or ())
     if op == "decode_step" and row["opening_active"]:
         launches += row["config"]["n_layer"] * choosing_launches(experts, row["config"]["top_k"], call.batch_size)
