@@ -1,4 +1,4 @@
-"""The blocks of the decoder: GPT-2's own, with experts for its FFN or without.
+"""The blocks of the decoder: GPT-2's, with experts for its FFN or without.
 
 Shapes: B sequences of S positions, T = B·S tokens, D model width.
 """
@@ -77,9 +77,9 @@ class MoEGPT2Block(GPT2Block):
 
 
 class DenseGPT2Block(GPT2Block):
-    """GPT-2's block with the attention, activation and dropout that blocks with experts have."""
+    """GPT-2's block with the attention and dropout that blocks with experts have, and GELU as one operator."""
 
     def __init__(self, config: MoEGPT2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)
         self.attn = Attention(config, layer_idx)
-        self.mlp = dense_ffn(config.n_inner or 4 * config.n_embd, config)
+        self.mlp = dense_ffn(config.dense_width, config)

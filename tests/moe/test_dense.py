@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,19 @@ def test_there_and_back(dense: Callable[..., GPT2LMHeadModel], ids: Tensor, tmp_
     assert loaded.config.n_positions == plain.config.n_positions
 
 
-def test_the_losses_and_gradients_are_those_of_gpt2(dense: Callable[..., GPT2LMHeadModel], ids: Tensor) -> None:
-    plain = dense(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+@pytest.mark.parametrize("use_cache", [True, False])  # without a cache attention on a CPU is one operator
+@pytest.mark.parametrize(
+    "options", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"activation_function": "relu", "n_inner": 48}], ids=str
+)
+def test_the_losses_and_gradients_are_those_of_gpt2(
+    dense: Callable[..., GPT2LMHeadModel], ids: Tensor, options: dict[str, Any], use_cache: bool
+) -> None:
+    plain = dense(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **options).train()
     plain.loss_type = "ForCausalLM"
     model = without_experts(plain)
     assert model.training
     for each in (plain, model):
-        each(ids, labels=ids).loss.backward()
+        each(ids, labels=ids, use_cache=use_cache).loss.backward()
     for (name, own), (_, want) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(own.grad, want.grad, msg=name)
 
