@@ -46,3 +46,5 @@ def test_cluster_yaml_passes_rays_own_validation() -> None:
     config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     validate_config(config)
     assert config["head_node_type"] in config["available_node_types"]
+    installs = [command for command in config["setup_commands"] if "uv pip install" in command]
+    assert any("boto3" in command for command in installs)  # Ray's own line installs it beside the image's Python
