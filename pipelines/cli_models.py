@@ -100,7 +100,7 @@ def evaluate(
     """Loss, joules per token by phase and routing metrics of a checkpoint."""
     from pipelines.evaluation import evaluate as judge
     from pipelines.evaluation import measure_decode, measure_prefill
-    from pipelines.model import set_prices
+    from pipelines.model import opening_at, set_prices
 
     values = _values(data, tokenizer, batch, seq_len, max_eval_tokens, seconds, settings)
     with _loaded(checkpoint, values) as (loaded, monitor):
@@ -117,7 +117,9 @@ def evaluate(
         if loaded.prices is not None:
             set_prices(loaded.model, loaded.prices["decode"])
         for size in loaded.config.decode_batches:
-            rows[f"decode_j_per_token_b{size}"] = measure_decode(loaded.model, text, size, *arguments).j_per_token
+            with opening_at(loaded.model, loaded.config, loaded.hardware, size):
+                decode = measure_decode(loaded.model, text, size, *arguments)
+            rows[f"decode_j_per_token_b{size}"] = decode.j_per_token
         rows["energy_source"] = monitor.source
     names = (
         "routing_diversity", "effective_experts", "load_cv", "max_violation", "dead_experts", "open_experts",
