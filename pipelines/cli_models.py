@@ -179,7 +179,7 @@ def scan(
     The column "open" counts distinct experts that compute at a position of an evaluation batch (--batch sequences),
     mean over positions and layers: what a decode step of as many sequences reads.
     """
-    from pipelines.scan import LAMBDAS, sequences_of, write_scan
+    from pipelines.scan import LAMBDAS, sequences_of, verdict, write_scan
     from pipelines.scan import scan as walk
 
     asked = LAMBDAS if lambdas is None else _numbers("lambdas", lambdas)
@@ -193,10 +193,7 @@ def scan(
         found = walk(loaded, monitor, asked, on_point=lambda point: typer.echo(_scan_line(point)))
         paths = write_scan(found, loaded, out)
     typer.echo(f"Ended because {found.stopped}.")
-    if found.worth is None:
-        typer.echo("No λ of the walk changed decisions: no range to suggest.")
-    else:
-        typer.echo(f"Worth training: λ from {found.worth[0]:.3g} to {found.worth[1]:.3g}.")
+    typer.echo(verdict(found))
     typer.echo("Written: " + ", ".join(map(str, paths)))
 
 

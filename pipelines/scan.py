@@ -62,7 +62,7 @@ class ScanPoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan:
-    """The walk: its points, why it ended, and the λ worth training (None where the price never acted).
+    """The walk: its points, why it ended, and the λ worth training (None: `verdict` says why).
 
     `sequences` are those of an evaluation batch, over which open experts are counted.
     """
@@ -132,9 +132,29 @@ def worth_training(points: Sequence[ScanPoint]) -> tuple[float, float] | None:
     """
     whole = [p for p in points if broken(points[0], p) is None]
     most = max(p.flip_fraction or 0.0 for p in whole)
-    low = [p.energy_lambda for p in whole if p.energy_lambda > 0 and (p.flip_fraction or 0.0) >= ACTS]
+    low = [p.energy_lambda for p in whole if acts(p)]
     high = [p.energy_lambda for p in whole if (p.flip_fraction or 0.0) >= most - ACTS]
     return (low[0], max(low[0], high[0])) if low else None
+
+
+def acts(point: ScanPoint) -> bool:
+    """Whether λ changes decisions."""
+    return point.energy_lambda > 0 and (point.flip_fraction or 0.0) >= ACTS
+
+
+def verdict(found: Scan) -> str:
+    """The λ worth training in words, or why there is none."""
+    if found.worth is not None:
+        return f"Worth training: λ from {found.worth[0]:.3g} to {found.worth[1]:.3g}."
+    broke = [p for p in found.points if acts(p)]
+    if not broke:
+        return "No λ of the walk changed decisions: no range to suggest."
+    high = broke[0].energy_lambda
+    low = max(p.energy_lambda for p in found.points if p.energy_lambda < high)
+    return (
+        f"The first λ of the walk that changed decisions, {high:.3g}, broke loss or diversity too: no range to suggest."
+        f" Walk λ between {low:.3g} and {high:.3g} (--lambdas)."
+    )
 
 
 def _split(loaded: Loaded) -> TokenSplit:

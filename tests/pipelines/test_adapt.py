@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import types
 from collections.abc import Iterator
@@ -425,6 +426,35 @@ def test_the_range_worth_training_is_where_the_price_acts() -> None:
     assert worth_training(points) == (1e-2, 1.0)
     assert worth_training(points[:2]) is None
     assert worth_training([*points[:4], point(energy_lambda=1.0, flip_fraction=0.6, loss_nats=4.0)]) == (1e-2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ({"flip_fraction": 0.3}, "Worth training: λ from 1 to 1."),
+        ({"flip_fraction": 0.001}, "No λ of the walk changed decisions"),
+        ({"flip_fraction": 0.001, "loss_nats": 4.0}, "No λ of the walk changed decisions"),
+        ({"flip_fraction": 0.3, "loss_nats": 4.0}, "The first λ of the walk that changed decisions, 1, broke"),
+        ({"flip_fraction": 0.3, "routing_diversity": 0.2}, r"between 0\.01 and 1 \(--lambdas\)\.$"),
+    ],
+)
+def test_a_scan_tells_a_price_that_never_acts_from_one_that_breaks_at_once(last: dict[str, float], said: str) -> None:
+    points = (point(), point(energy_lambda=0.01), point(energy_lambda=1.0, **last))
+    worth = worth_training(points)
+    found = scanning.Scan(checkpoint="model", sequences=4, points=points, stopped="it had to", worth=worth)
+    assert re.search(said, scanning.verdict(found))
+
+
+def test_a_scan_command_says_that_the_first_acting_price_broke_the_loss(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "broken", lambda free, p: "the loss broke" if p.energy_lambda > 0 else None)
+    keys = [f"--set={key}={value}" for key, value in KEYS.items()]
+    walked = CliRunner().invoke(cli.app, ["scan", checkpoint, "--lambdas=3", f"--out={tmp_path}", *keys])
+    assert walked.exit_code == 0, walked.output
+    assert "open: distinct experts that compute at a position of 4 sequences" in walked.output
+    assert "that changed decisions, 3, broke loss or diversity too" in walked.output
+    assert not (tmp_path / "space.yaml").exists()
 
 
 def test_a_scan_writes_its_curve_and_a_space_that_loads(checkpoint: str, tmp_path: Path) -> None:
