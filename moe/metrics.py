@@ -8,12 +8,14 @@ host synchronisation in between. Definitions (n_e: kept choices of expert e in a
 - router margin: log p of the least preferred chosen expert minus log p of the best one left out, mean over tokens (a
   price, or a shuffle, can make it negative);
 - open experts: distinct experts that compute (width > 0) per batch;
+- open experts of a position: the same over the B sequences at one position, mean over positions: what a decode step of
+  B sequences reads. Batches of another B than the first, as the last of a split may be, are left out;
 - domain specialisation: I(expert; domain)/H(domain): 0 where experts do not tell domains apart, 1 where each choice
   gives its domain away;
 - co-activation: share of the tokens that take both experts; its mean over layers is a matrix too, since the mean over
   pairs is K(K − 1)/(E(E − 1)) whatever the router does.
 
-Shapes: T tokens, K choices, E experts, L MoE layers, M domains.
+Shapes: B sequences of S tokens, T = B·S, K choices, E experts, L MoE layers, M domains.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class RoutingSummary:
     dropped_fraction: float
     router_margin: float | None
     open_experts: float
+    position_open_experts: float | None
     mean_selected_width: float
     logit_std: float
     price_flip_fraction: float | None
@@ -57,6 +60,7 @@ class RoutingSummary:
     layer_dropped_fraction: list[float]
     layer_margin: list[float | None]
     layer_open_experts: list[float]
+    layer_position_open_experts: list[float] | None
     layer_logit_std: list[float]
     layer_flip_fraction: list[float] | None
     layer_unpriced_agreement: list[float | None] | None
@@ -76,22 +80,31 @@ class RoutingStats:
 
     def __init__(self, widths: Sequence[int], *, domains: int = 0) -> None:
         self.widths, self.domains, self.batches = tuple(widths), domains, 0
+        self.sequences: int | None = None
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, routings: Sequence[Routing], domain_T: Tensor | None = None) -> None:
-        """Add one batch: one routing per MoE layer, and each token's domain id in [0, M) if there are domains."""
+    def update(
+        self, routings: Sequence[Routing], domain_T: Tensor | None = None, *, sequences: int | None = None
+    ) -> None:
+        """Add one batch: one routing per MoE layer, and each token's domain id in [0, M) if there are domains.
+
+        Args:
+            sequences: B, where open experts of a position are to be counted.
+        """
         if (domain_T is None) != (self.domains == 0):
             raise ValueError(f"domain_T: expected {'ids' if self.domains else 'none'} for domains={self.domains}")
         if len(routings) == 0:
             raise ValueError("routings: expected one per MoE layer, got none")
-        layers = [self._layer_sums(routing, domain_T) for routing in routings]
+        self.sequences = self.sequences or sequences
+        counted = sequences if sequences == self.sequences else None
+        layers = [self._layer_sums(routing, domain_T, counted) for routing in routings]
         for name in layers[0]:
             value = torch.stack([layer[name] for layer in layers]).double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self.batches += 1
 
-    def _layer_sums(self, routing: Routing, domain_T: Tensor | None) -> dict[str, Tensor]:
+    def _layer_sums(self, routing: Routing, domain_T: Tensor | None, sequences: int | None) -> dict[str, Tensor]:
         valid_T, taken_TE = routing.valid(), inclusion_TE(routing.expert_TK, routing.kept(), routing.num_experts)
         asked_TE = taken_TE
         if routing.dropped_TK is not None:
@@ -114,6 +127,9 @@ class RoutingStats:
         if domain_T is not None:
             member_TM = torch.nn.functional.one_hot(domain_T, self.domains).double()
             sums["domain_ME"] = member_TM.T @ taken_TE.double()
+        if sequences is not None:
+            sums["position_open_E"] = taken_TE.view(sequences, -1, routing.num_experts).any(dim=0).sum(dim=0)
+            sums["positions"] = valid_T.view(sequences, -1).any(dim=0).sum()
         return sums
 
     def _price_sums(self, routing: Routing, taken_TE: Tensor) -> dict[str, Tensor]:
@@ -135,7 +151,11 @@ class RoutingStats:
         cv_L = n_LE.std(dim=1, correction=0) / n_LE.mean(dim=1).clamp_min(1e-12)
         effective_L = torch.special.entr(load_LE).sum(dim=1).exp()
         diversity_L = (n_LE > 0).double().mean(dim=1)
-        open_L = sums["open_E"] @ (torch.tensor(self.widths) > 0).double() / self.batches
+        computing_E = (torch.tensor(self.widths) > 0).double()
+        open_L = sums["open_E"] @ computing_E / self.batches
+        position_open_L = None
+        if self.sequences is not None:
+            position_open_L = (sums["position_open_E"] @ computing_E / sums["positions"].clamp_min(1)).tolist()
         margin_L = [float(m / d) if d > 0 else None for m, d in zip(sums["margin"], sums["decided"], strict=True)]
         width_L = n_LE @ torch.tensor(self.widths, dtype=torch.float64) / tokens_L
         variance_L = sums["logits_squared"] / (tokens_L * n_LE.shape[1])
@@ -155,6 +175,7 @@ class RoutingStats:
             dropped_fraction=float(dropped_L.mean()),
             router_margin=_mean(margin_L),
             open_experts=float(open_L.mean()),
+            position_open_experts=_mean(position_open_L or []),
             mean_selected_width=float(width_L.mean()),
             logit_std=float(variance_L.sqrt().mean()),
             price_flip_fraction=_flips(sums),
@@ -170,6 +191,7 @@ class RoutingStats:
             layer_dropped_fraction=dropped_L.tolist(),
             layer_margin=margin_L,
             layer_open_experts=open_L.tolist(),
+            layer_position_open_experts=position_open_L,
             layer_logit_std=variance_L.sqrt().tolist(),
             layer_flip_fraction=_layer_flips(sums),
             layer_unpriced_agreement=agreement_L,

@@ -100,7 +100,7 @@ def evaluate(
     """Loss, joules per token by phase and routing metrics of a checkpoint."""
     from pipelines.evaluation import evaluate as judge
     from pipelines.evaluation import measure_decode, measure_prefill
-    from pipelines.model import set_prices
+    from pipelines.model import opening_at, set_prices
 
     values = _values(data, tokenizer, batch, seq_len, max_eval_tokens, seconds, settings)
     with _loaded(checkpoint, values) as (loaded, monitor):
@@ -117,7 +117,9 @@ def evaluate(
         if loaded.prices is not None:
             set_prices(loaded.model, loaded.prices["decode"])
         for size in loaded.config.decode_batches:
-            rows[f"decode_j_per_token_b{size}"] = measure_decode(loaded.model, text, size, *arguments).j_per_token
+            with opening_at(loaded.model, loaded.config, loaded.hardware, size):
+                decode = measure_decode(loaded.model, text, size, *arguments)
+            rows[f"decode_j_per_token_b{size}"] = decode.j_per_token
         rows["energy_source"] = monitor.source
     names = (
         "routing_diversity", "effective_experts", "load_cv", "max_violation", "dead_experts", "open_experts",
@@ -172,24 +174,26 @@ def scan(
     seconds: Seconds = None,
     settings: Settings = None,
 ) -> None:
-    """Walk λ upwards without training, until diversity or loss breaks; suggest a range for a space."""
-    from pipelines.scan import LAMBDAS, write_scan
+    """Walk λ upwards without training, until diversity or loss breaks; suggest a range for a space.
+
+    The column "open" counts distinct experts that compute at a position of an evaluation batch (--batch sequences),
+    mean over positions and layers: what a decode step of as many sequences reads.
+    """
+    from pipelines.scan import LAMBDAS, sequences_of, verdict, write_scan
     from pipelines.scan import scan as walk
 
     asked = LAMBDAS if lambdas is None else _numbers("lambdas", lambdas)
     values = _values(data, tokenizer, batch, seq_len, max_eval_tokens, seconds, settings)
     with _loaded(checkpoint, values) as (loaded, monitor):
         modelled = " (modelled)" if monitor.source == "modelled" else ""
+        typer.echo(f"open: distinct experts that compute at a position of {sequences_of(loaded)} sequences")
         typer.echo(
-            f"       λ    loss  diversity  agreement  open  prefill, decode [mJ/token]{modelled}, training (modelled)"
+            f"       λ    loss  diversity  agreement   open  prefill, decode [mJ/token]{modelled}, training (modelled)"
         )
         found = walk(loaded, monitor, asked, on_point=lambda point: typer.echo(_scan_line(point)))
         paths = write_scan(found, loaded, out)
     typer.echo(f"Ended because {found.stopped}.")
-    if found.worth is None:
-        typer.echo("No λ of the walk changed decisions: no range to suggest.")
-    else:
-        typer.echo(f"Worth training: λ from {found.worth[0]:.3g} to {found.worth[1]:.3g}.")
+    typer.echo(verdict(found))
     typer.echo("Written: " + ", ".join(map(str, paths)))
 
 
@@ -296,7 +300,7 @@ def _scan_line(point: ScanPoint) -> str:
     agreement = "–" if point.agreement is None else f"{point.agreement:.3f}"
     return (
         f"{point.energy_lambda:8.3g}  {point.loss_nats:6.4f}  {point.routing_diversity:9.2f}  {agreement:>9}"
-        f"  {point.open_experts:4.1f}  {milli(point.prefill_j_per_token)}, {milli(point.decode_j_per_token)},"
+        f"  {point.position_open_experts:5.2f}  {milli(point.prefill_j_per_token)}, {milli(point.decode_j_per_token)},"
         f" {milli(point.modelled_train_j_per_token)}"
     )
 

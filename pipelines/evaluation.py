@@ -63,7 +63,8 @@ def evaluate(model: Any, split: TokenSplit, config: TrialConfig, hardware: Hardw
         total += loss.double() * block_BS[:, 1:].numel()
         targets += block_BS[:, 1:].numel()
         if stats is not None:
-            stats.update(output.routing, domain_B.repeat_interleave(block_BS.shape[1]))
+            batch_size, seq_len = block_BS.shape
+            stats.update(output.routing, domain_B.repeat_interleave(seq_len), sequences=batch_size)
     loss_nats = float(total) / targets
     if not math.isfinite(loss_nats):
         raise NonFiniteLossError("the evaluation loss is not finite; lower learning_rate or grad_clip")

@@ -7,7 +7,8 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -239,19 +240,25 @@ def model_shape(model_config: MoEGPT2Config, hardware: Hardware) -> ModelShape:
 
 
 def weigh_opening(
-    config: TrialConfig, moe_config: MoEGPT2Config, hardware: Hardware, *, energy_lambda: float | None = None
+    config: TrialConfig,
+    moe_config: MoEGPT2Config,
+    hardware: Hardware,
+    *,
+    energy_lambda: float | None = None,
+    batch: int | None = None,
 ) -> OpeningCase | None:
     """Whether router `opening` pays in this trial's decoding at λ and the trial's prices; None where it is not the
-    router, or without a GPU, whose joules per step nobody knows. Of several decode batches the first counts, as it does
-    for prices.
+    router, or without a GPU, whose joules per step nobody knows.
 
     Args:
         energy_lambda: λ, nats per c_ref; None: the model's.
+        batch: sequences that decode together; None: the trial's first decode batch, whose prices hold at any batch.
     """
     if config.router != "opening" or hardware.gpu_name is None:
         return None
     prices = prices_of(config, moe_config, hardware)["decode"]
-    batch = config.decode_batches[0] if config.decode_batches else 1
+    if batch is None:
+        batch = config.decode_batches[0] if config.decode_batches else 1
     return opening_case(
         CostModel.for_device(hardware.gpu_name, hardware.power_limit_w),
         model_shape(moe_config, hardware),
@@ -266,14 +273,36 @@ def weigh_opening(
 
 def switch_opening(model: Any, case: OpeningCase | None) -> None:
     """Turn choosing off where it does not pay, and back on where it does; say so."""
-    active = case is None or case.pays
-    routers = tuple(getattr(model, "routers", ()))
-    if any(router.active != active for router in routers):
-        drop_decoders(model)  # a captured step has choosing in it or has not
-    for router in routers:
-        router.active = active
+    _activate(model, [case is None or case.pays] * len(_routers(model)))
     if case is not None:
         _LOG.log(logging.INFO if case.pays else logging.WARNING, "%s", case)
+
+
+@contextmanager
+def opening_at(model: Any, config: TrialConfig, hardware: Hardware, batch: int) -> Iterator[None]:
+    """Router `opening` on or off as it pays where `batch` sequences decode together; afterwards as it was."""
+    before = [router.active for router in _routers(model)]
+    case = weigh_opening(config, model.config, hardware, batch=batch)
+    if case is not None and [case.pays] * len(before) != before:
+        switch_opening(model, case)
+    try:
+        yield
+    finally:
+        _activate(model, before)
+
+
+def _activate(model: Any, active: Sequence[bool]) -> None:
+    """Switch each router's choosing on or off."""
+    routers = _routers(model)
+    if any(router.active != on for router, on in zip(routers, active, strict=True)):
+        drop_decoders(model)  # a captured step has choosing in it or has not
+    for router, on in zip(routers, active, strict=True):
+        router.active = on
+
+
+def _routers(model: Any) -> tuple[Any, ...]:
+    """None in a dense model."""
+    return tuple(getattr(model, "routers", ()))
 
 
 def set_prices(model: Any, prices: Prices) -> None:

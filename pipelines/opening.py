@@ -9,6 +9,7 @@ Shapes: B sequences, S positions, E experts, K choices.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -99,7 +100,8 @@ def opening_case(
         cost = cost_model.get_cost("decode_step", batch_size=batch, seq_len=cached, shape=at, extrapolate=True)
         return cost.energy_j, cost.duration_s
 
-    plain, chosen = expected_open(shape, batch, energy_lambda=energy_lambda, join=join, open_=open_)
+    drawn = expected_open(shape, batch, energy_lambda=energy_lambda, join=tuple(join), open_=tuple(open_))
+    plain, chosen = drawn
     step_j, step_s = step(plain)
     least_j, _ = step(chosen)
     choosing = Counts(launches=float(launches * shape.num_moe_layers))
@@ -118,8 +120,9 @@ def opening_case(
     )
 
 
+@functools.lru_cache(maxsize=64)
 def expected_open(
-    shape: ModelShape, batch: int, *, energy_lambda: float, join: Sequence[float], open_: Sequence[float]
+    shape: ModelShape, batch: int, *, energy_lambda: float, join: tuple[float, ...], open_: tuple[float, ...]
 ) -> tuple[float, float]:
     """Experts that a layer opens at a position of `batch` sequences: by plain priced top-k, and by the router's sets.
 

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from hwcost import EnergyMonitor, share_energy
 from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError
+from pipelines.data import TokenSplit
 from pipelines.evaluation import evaluate, measure_decode, measure_prefill
-from pipelines.model import set_prices, switch_opening, weigh_opening
+from pipelines.model import opening_at, set_prices, switch_opening, weigh_opening
 from pipelines.modelled import PhaseModel
 
 LAMBDAS = (0.0, *(10 ** (exponent / 2) for exponent in range(-10, 5)))
@@ -39,8 +40,10 @@ UNSAID = ("mixing", "expert_activation", "shared_expert_width", "gibbs_beta", "n
 class ScanPoint:
     """A checkpoint at one λ, on the validation split.
 
-    Joules per token by phase: prefill and decode as measured (`energy_source` says how), training as the cost model has
-    it for the width that was selected (always modelled; None without a GPU).
+    Open experts are distinct experts that compute at a position of an evaluation batch, mean over positions and layers:
+    what a decode step of as many sequences reads. Joules per token by phase: prefill and decode as measured
+    (`energy_source` says how), training as the cost model has it for the width that was selected (always modelled; None
+    without a GPU).
     """
 
     energy_lambda: float
@@ -49,7 +52,7 @@ class ScanPoint:
     effective_experts: float
     agreement: float | None
     flip_fraction: float | None
-    open_experts: float
+    position_open_experts: float
     mean_selected_width: float
     prefill_j_per_token: float | None
     decode_j_per_token: float | None
@@ -59,9 +62,13 @@ class ScanPoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan:
-    """The walk: its points, why it ended, and the λ worth training (None where the price never acted)."""
+    """The walk: its points, why it ended, and the λ worth training (None: `verdict` says why).
+
+    `sequences` are those of an evaluation batch, over which open experts are counted.
+    """
 
     checkpoint: str
+    sequences: int
     points: tuple[ScanPoint, ...]
     stopped: str
     worth: tuple[float, float] | None
@@ -94,7 +101,18 @@ def scan(
                 break
     finally:
         _at(loaded, before)
-    return Scan(checkpoint=loaded.config.base, points=tuple(points), stopped=stopped, worth=worth_training(points))
+    return Scan(
+        checkpoint=loaded.config.base,
+        sequences=sequences_of(loaded),
+        points=tuple(points),
+        stopped=stopped,
+        worth=worth_training(points),
+    )
+
+
+def sequences_of(loaded: Loaded) -> int:
+    """Sequences of an evaluation batch."""
+    return min(loaded.config.batch_size, len(_split(loaded).blocks_NS))
 
 
 def broken(free: ScanPoint, point: ScanPoint) -> str | None:
@@ -114,9 +132,33 @@ def worth_training(points: Sequence[ScanPoint]) -> tuple[float, float] | None:
     """
     whole = [p for p in points if broken(points[0], p) is None]
     most = max(p.flip_fraction or 0.0 for p in whole)
-    low = [p.energy_lambda for p in whole if p.energy_lambda > 0 and (p.flip_fraction or 0.0) >= ACTS]
+    low = [p.energy_lambda for p in whole if acts(p)]
     high = [p.energy_lambda for p in whole if (p.flip_fraction or 0.0) >= most - ACTS]
     return (low[0], max(low[0], high[0])) if low else None
+
+
+def acts(point: ScanPoint) -> bool:
+    """Whether λ changes decisions."""
+    return point.energy_lambda > 0 and (point.flip_fraction or 0.0) >= ACTS
+
+
+def verdict(found: Scan) -> str:
+    """The λ worth training in words, or why there is none."""
+    if found.worth is not None:
+        return f"Worth training: λ from {found.worth[0]:.3g} to {found.worth[1]:.3g}."
+    broke = [p for p in found.points if acts(p)]
+    if not broke:
+        return "No λ of the walk changed decisions: no range to suggest."
+    high = broke[0].energy_lambda
+    low = max(p.energy_lambda for p in found.points if p.energy_lambda < high)
+    return (
+        f"The first λ of the walk that changed decisions, {high:.3g}, broke loss or diversity too: no range to suggest."
+        f" Walk λ between {low:.3g} and {high:.3g} (--lambdas)."
+    )
+
+
+def _split(loaded: Loaded) -> TokenSplit:
+    return loaded.corpus.splits["validation"].first(loaded.config.max_eval_tokens)
 
 
 def _at(loaded: Loaded, energy_lambda: float) -> None:
@@ -129,16 +171,19 @@ def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> Scan
     model, config, hardware = loaded.model, loaded.config, loaded.hardware
     assert loaded.prices is not None
     _at(loaded, energy_lambda)
-    split = loaded.corpus.splits["validation"].first(config.max_eval_tokens)
+    split = _split(loaded)
     set_prices(model, loaded.prices["prefill"])
     found = evaluate(model, split, config, hardware)
     prefill = measure_prefill(model, split, config, hardware, monitor)
     set_prices(model, loaded.prices["decode"])
-    decode = measure_decode(model, split, config.decode_batches[0], config, hardware, monitor)
+    batch = config.decode_batches[0]
+    with opening_at(model, config, hardware, batch):
+        decode = measure_decode(model, split, batch, config, hardware, monitor)
     routing = found.routing
     assert routing is not None
+    assert routing.position_open_experts is not None
     modelled = PhaseModel.of(config, model.config, hardware, selected_width=routing.mean_selected_width)
-    step_j, batch = modelled.training_j(1), {"batch_size": config.batch_size, "seq_len": config.seq_len}
+    step_j, size = modelled.training_j(1), {"batch_size": config.batch_size, "seq_len": config.seq_len}
     return ScanPoint(
         energy_lambda=energy_lambda,
         loss_nats=found.loss_nats,
@@ -146,11 +191,11 @@ def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> Scan
         effective_experts=routing.effective_experts,
         agreement=routing.unpriced_agreement,
         flip_fraction=routing.price_flip_fraction,
-        open_experts=routing.open_experts,
+        position_open_experts=routing.position_open_experts,
         mean_selected_width=routing.mean_selected_width,
         prefill_j_per_token=prefill.j_per_token,
         decode_j_per_token=decode.j_per_token,
-        modelled_train_j_per_token=None if step_j is None else share_energy(step_j, **batch).token_j,
+        modelled_train_j_per_token=None if step_j is None else share_energy(step_j, **size).token_j,
         energy_source=monitor.source,
     )
 
@@ -220,7 +265,7 @@ def draw(found: Scan) -> Figure:
                 "prefill": "prefill_j_per_token",
                 "decode": "decode_j_per_token",
                 "training, modelled": "modelled_train_j_per_token",
-                "open experts": "open_experts",
+                f"open experts of {found.sequences} sequences": "position_open_experts",
             },
         ),
     )

@@ -35,7 +35,7 @@ from pipelines.faults import passing
 from pipelines.heartbeat import Keeper
 from pipelines.journal import Journal, points_document
 from pipelines.ledger import BRANCH, EVAL, SETUP, TRAIN, Carry, Ledger, any_true, quadrature, total, trial_monitor
-from pipelines.model import Hardware, build_model, set_prices, switch_opening, weigh_opening
+from pipelines.model import Hardware, build_model, opening_at, set_prices, switch_opening, weigh_opening
 from pipelines.modelled import PhaseModel
 from pipelines.parquet import is_storage_error
 from pipelines.provenance import device_columns, host_columns
@@ -289,7 +289,8 @@ class Trial:
             self._price("decode")
             for batch in self.config.decode_batches:
                 watts = self.modelled.power_w(f"decode_b{batch}")
-                phase = measure_decode(self.model, self.validation, batch, *where, modelled_power_w=watts)
+                with opening_at(self.model, self.config, self.hardware, batch):
+                    phase = measure_decode(self.model, self.validation, batch, *where, modelled_power_w=watts)
                 self._book_decode(batch, phase)
 
     def _price(self, phase: str) -> None:

@@ -69,6 +69,32 @@ def test_layers_are_kept_apart(route: Route) -> None:
     assert s.coactivation_EE == quarter.tolist()
 
 
+def test_open_experts_of_a_position_are_those_of_its_sequences(route: Route) -> None:
+    """Two sequences of two tokens, t = b·S + s: {0, 3} and {1, null} in one layer, {0} and {0} in the other."""
+    stats = RoutingStats([10, 20, 0, 40])
+    stats.update([chosen(route, [[0], [1], [3], [2]]), chosen(route, [[0]] * 4)], sequences=2)
+    stats.update([chosen(route, [[2], [2]]), chosen(route, [[2], [2]])], sequences=1)  # the rest of a split
+    s = stats.summary()
+    assert s.layer_position_open_experts == [1.5, 1.0]
+    assert s.position_open_experts == 1.25
+    assert s.layer_open_experts == [1.5, 0.5]  # over whole batches
+
+
+def test_a_position_opens_nothing_for_padding_and_drops(route: Route) -> None:
+    """Sequences of three tokens, the first of both padding; one choice of the last is dropped."""
+    valid_T = torch.tensor([False, True, True] * 2)
+    kept_TK = valid_T[:, None] & torch.tensor([[True]] * 5 + [[False]])
+    stats = RoutingStats([1] * 4)
+    stats.update(
+        [chosen(route, [[3], [0], [0], [3], [1], [2]], kept_TK=kept_TK, valid_T=valid_T)],
+        sequences=2,
+    )
+    assert stats.summary().position_open_experts == 1.5
+    stats = RoutingStats([1] * 4)
+    stats.update([chosen(route, [[0]])])
+    assert stats.summary().position_open_experts is None
+
+
 def test_drops_agreement_and_domains_by_layer(route: Route) -> None:
     """The second layer drops half, decides against the price alone, and tells the domains apart."""
     kept_TK = torch.tensor([[True], [True], [False], [False]])

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import types
 from collections.abc import Iterator
@@ -405,7 +406,7 @@ def test_learnt_prices_need_dithered_windows_and_joules(checkpoint: str, meter: 
 def point(**changes: Any) -> ScanPoint:
     values: dict[str, Any] = {
         "energy_lambda": 0.0, "loss_nats": 3.0, "routing_diversity": 1.0, "effective_experts": 4.0, "agreement": 1.0,
-        "flip_fraction": 0.0, "open_experts": 4.0, "mean_selected_width": 100.0, "prefill_j_per_token": 1.0,
+        "flip_fraction": 0.0, "position_open_experts": 4.0, "mean_selected_width": 100.0, "prefill_j_per_token": 1.0,
         "decode_j_per_token": 1.0, "modelled_train_j_per_token": None, "energy_source": "counter",
     }  # fmt: skip
     return ScanPoint(**(values | changes))
@@ -425,6 +426,35 @@ def test_the_range_worth_training_is_where_the_price_acts() -> None:
     assert worth_training(points) == (1e-2, 1.0)
     assert worth_training(points[:2]) is None
     assert worth_training([*points[:4], point(energy_lambda=1.0, flip_fraction=0.6, loss_nats=4.0)]) == (1e-2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ({"flip_fraction": 0.3}, "Worth training: λ from 1 to 1."),
+        ({"flip_fraction": 0.001}, "No λ of the walk changed decisions"),
+        ({"flip_fraction": 0.001, "loss_nats": 4.0}, "No λ of the walk changed decisions"),
+        ({"flip_fraction": 0.3, "loss_nats": 4.0}, "The first λ of the walk that changed decisions, 1, broke"),
+        ({"flip_fraction": 0.3, "routing_diversity": 0.2}, r"between 0\.01 and 1 \(--lambdas\)\.$"),
+    ],
+)
+def test_a_scan_tells_a_price_that_never_acts_from_one_that_breaks_at_once(last: dict[str, float], said: str) -> None:
+    points = (point(), point(energy_lambda=0.01), point(energy_lambda=1.0, **last))
+    worth = worth_training(points)
+    found = scanning.Scan(checkpoint="model", sequences=4, points=points, stopped="it had to", worth=worth)
+    assert re.search(said, scanning.verdict(found))
+
+
+def test_a_scan_command_says_that_the_first_acting_price_broke_the_loss(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "broken", lambda free, p: "the loss broke" if p.energy_lambda > 0 else None)
+    keys = [f"--set={key}={value}" for key, value in KEYS.items()]
+    walked = CliRunner().invoke(cli.app, ["scan", checkpoint, "--lambdas=3", f"--out={tmp_path}", *keys])
+    assert walked.exit_code == 0, walked.output
+    assert "open: distinct experts that compute at a position of 4 sequences" in walked.output
+    assert "that changed decisions, 3, broke loss or diversity too" in walked.output
+    assert not (tmp_path / "space.yaml").exists()
 
 
 def test_a_scan_writes_its_curve_and_a_space_that_loads(checkpoint: str, tmp_path: Path) -> None:
@@ -472,7 +502,7 @@ def test_the_space_of_a_scan_trains_what_was_scanned(tmp_path: Path) -> None:
     }
     loaded = load(str(tmp_path / "model"), **changes)
     points = (point(), point(energy_lambda=0.1, flip_fraction=0.2), point(energy_lambda=1.0, flip_fraction=0.4))
-    found = scanning.Scan(checkpoint="model", points=points, stopped="it had to", worth=(0.1, 1.0))
+    found = scanning.Scan(checkpoint="model", sequences=4, points=points, stopped="it had to", worth=(0.1, 1.0))
     space = write_scan(found, loaded, tmp_path / "scan")[-1]
     assert "Not the model's" not in space.read_text()
     trials = plan_sweep(load_space(space)).trials
@@ -513,6 +543,23 @@ def test_a_scan_weighs_opening_at_each_lambda_and_adapt_at_the_highest(
     assert asked == [0.0, 0.1, 0.0]  # and as it was
     adapt(loaded, meter, AdaptPlan(budget_share=0.5, windows=2), out=tmp_path)  # type: ignore[arg-type]
     assert asked[3:] == [adapts.REACH_LAMBDAS[-1]]
+
+
+@pytest.mark.parametrize("router", ["energy", "opening"])
+def test_a_rising_price_closes_experts_in_a_scan(router: str, checkpoint: str, tmp_path: Path) -> None:
+    """While, over whole batches, each expert is taken by somebody for longer."""
+    model = MoEGPT2LMHeadModel.from_pretrained(checkpoint, router=router)
+    model.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    with EnergyMonitor.for_assigned_devices() as monitor:
+        found = scan(loaded, monitor, (0.1, 0.3, 1.0, 3.0))
+    opened = [p.position_open_experts for p in found.points]
+    assert found.sequences == 4
+    assert opened == sorted(opened, reverse=True)
+    assert opened[-1] < 0.8 * opened[0]
+    assert opened[0] < 3  # of three that compute, though a whole batch takes each
+    labels = [line.get_label() for line in scanning.draw(found).axes[2].get_lines()]
+    assert "open experts of 4 sequences" in labels
 
 
 def test_a_scan_tells_the_joules_of_each_phase_as_each_was_measured(

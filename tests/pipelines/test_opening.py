@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from hwcost import CostModel
+from hwcost import CostModel, EnergyMonitor
 from hwcost.ops import ModelShape
 from moe import MoEGPT2Config, MoEGPT2LMHeadModel
 from moe.opening import EXACT_EXPERTS, KERNELS, choosing_launches
+from pipelines import cli
+from pipelines import evaluation as evaluations
 from pipelines import model as models
+from pipelines import scan as scans
+from pipelines import trial as trials
 from pipelines.config import TrialConfig
-from pipelines.model import Hardware, switch_opening, weigh_opening
+from pipelines.model import Hardware, opening_at, switch_opening, weigh_opening
 from pipelines.opening import MAX_SHARE, OpeningCase, expected_open, opening_case
 from pipelines.prices import expert_prices
+from pipelines.records import Store, TrialRecord
 from pipelines.trial_rows import opening_columns
 
 PAYS = OpeningCase(
@@ -193,6 +201,75 @@ def test_a_trial_weighs_it_at_its_own_decode_batch(model: Any, batch: int, pays:
     unpriced = weigh_opening(TrialConfig.parse({**config.model_dump(), "price": "zero"}), full, here)
     assert unpriced is not None
     assert not unpriced.pays
+
+
+def test_it_is_weighed_at_each_decode_batch_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On at batch 32, off at 1 while that is measured, and as it was afterwards."""
+    dropped: list[Any] = []
+    monkeypatch.setattr(models, "drop_decoders", dropped.append)
+    full = MoEGPT2Config(router="opening", n_layer=6, energy_lambda=0.1)
+    config = TrialConfig.parse({"router": "opening", "decode_batches": [32, 1], "num_experts": 8})
+    routers = [types.SimpleNamespace(active=True) for _ in range(6)]
+    model = types.SimpleNamespace(config=full, routers=routers)
+    switch_opening(model, weigh_opening(config, full, H200))
+    for batch, pays, drops in ((32, True, 0), (1, False, 2)):
+        with opening_at(model, config, H200, batch):
+            assert {router.active for router in routers} == {pays}
+        assert all(router.active for router in routers)
+        assert len(dropped) == drops
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """(decode batch, whether sets were chosen) of each measurement, on a made-up GPU where choosing pays at 32 only."""
+    found: list[tuple[int, bool]] = []
+
+    def decode(model: Any, split: Any, batch: int, *_: Any, **__: Any) -> Any:
+        found.extend((batch, router.active) for router in model.routers[:1])
+        return types.SimpleNamespace(j_per_token=1.0, tokens_per_s=1.0)
+
+    def weigh(*_: Any, batch: int, **__: Any) -> OpeningCase:
+        return PAYS if batch == 32 else TOO_DEAR
+
+    cpu = dataclasses.replace(H200, dtype="fp32")
+    monkeypatch.setattr(Hardware, "of", classmethod(lambda cls, config, **_: cpu))
+    monkeypatch.setattr(models, "opening_case", weigh)
+    for module in (trials, evaluations, scans):
+        monkeypatch.setattr(module, "measure_decode", decode)
+    return found
+
+
+def test_a_trial_measures_each_decode_batch_as_it_pays_there(
+    tiny: dict[str, Any], measured: list[tuple[int, bool]], tmp_path: Path
+) -> None:
+    values = tiny | {"router": "opening", "decode_batches": [32, 1, 8], "prefill": False, "max_train_tokens": 512}
+    with EnergyMonitor.for_assigned_devices() as monitor:
+        key = trials.TrialKey(sweep_id="single", trial_id="one")
+        trial = trials.Trial(TrialConfig.parse(values), key, Store(tmp_path), monitor)
+        while not isinstance(record := trial.advance(), TrialRecord):
+            pass
+    assert record.state == "COMPLETED", record.error
+    assert measured == [(32, True), (1, False), (8, False)]
+    assert record.opening_active is True
+    assert all(router.active for router in trial.model.routers)
+
+
+def test_eval_and_scan_measure_a_decode_batch_as_it_pays_there(
+    measured: list[tuple[int, bool]], tmp_path: Path
+) -> None:
+    config = MoEGPT2Config(
+        vocab_size=512, n_positions=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+        expert_widths=[64] * 4, router="opening", energy_lambda=0.1,
+    )  # fmt: skip
+    MoEGPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    keys = ["batch_size=4", "max_eval_tokens=256", "measure_seconds=0.01", "threads=1", "decode_batches=[32, 1]"]
+    arguments = [str(tmp_path / "model"), *(f"--set={key}" for key in keys)]
+    judged = CliRunner().invoke(cli.app, ["eval", *arguments])
+    assert judged.exit_code == 0, judged.output
+    assert measured == [(32, True), (1, False)]
+    walked = CliRunner().invoke(cli.app, ["scan", *arguments, "--lambdas=0.1", f"--out={tmp_path / 'scan'}"])
+    assert walked.exit_code == 0, walked.output
+    assert measured[2:] == [(32, True)] * 2
 
 
 def test_a_captured_step_is_forgotten_when_choosing_is_switched(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
