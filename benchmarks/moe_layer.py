@@ -26,8 +26,8 @@ from torch import nn
 
 from hwcost import EnergyMonitor
 from moe import MoEGPT2Config
+from moe.blocks import MoEMLP
 from moe.dispatch import Weights, loop
-from moe.modeling import MoEMLP
 from moe.routing import Tokens
 
 T, D, FFN, E = 16384, 768, 3072, 8
