@@ -50,6 +50,8 @@ _TAGS = (
     "git_sha",
     "expert_widths",
 )
+#: Columns `layer_<name>` of `epochs` that are curves of their own: effective experts, and the audit of absorption.
+_BY_LAYER = ("effective_experts", "price_drift", "lambda_undone", "price_flip_fraction", "logit_std")
 _KEYS = ("sweep_id", "trial_id", "attempt", "epoch")
 _TAG_LIMIT = 5000
 
@@ -76,12 +78,11 @@ def trial_tags(record: TrialRecord) -> dict[str, str]:
 
 
 def epoch_metrics(record: EpochRecord) -> dict[str, float]:
-    """The numbers of an epoch as `epoch/<column>`; effective experts of each layer beside their mean."""
+    """The numbers of an epoch as `epoch/<column>`; some of each layer beside their mean, `epoch/<column>_layer_<n>`."""
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in _KEYS}
-    found = {f"epoch/{name}": value for name, value in _numbers(values).items()}
-    for layer, experts in enumerate(record.layer_effective_experts or []):
-        found[f"epoch/effective_experts_layer_{layer}"] = experts
-    return found
+    for name in _BY_LAYER:
+        values |= {f"{name}_layer_{n}": value for n, value in enumerate(values[f"layer_{name}"] or [])}
+    return {f"epoch/{name}": value for name, value in _numbers(values).items()}
 
 
 def epoch_times(record: TrialRecord, epochs: Sequence[EpochRecord]) -> list[int]:

@@ -117,7 +117,7 @@ class TrialRecord:
     price_join: list[float] | None = column("normalised join price of each expert", unit="c_ref", null="router without a price")
     price_open: list[float] | None = column("normalised opening price of each expert", unit="c_ref", null="router without a price")
     price_profile: str | None = column("cost-model profile the prices come from", null="router without a price")
-    price_lambda_per_j: float | None = column("λ in nats per joule of training: energy_lambda / price_c_ref_j", unit="nat/J", null="router without a price")
+    price_lambda_per_j: float | None = column("λ in nats per joule of training: energy_lambda / price_c_ref_j; those of prefill and decode are energy_lambda / price_prefill_c_ref_j and energy_lambda / price_decode_c_ref_j", unit="nat/J", null="router without a price")
     price_prefill_c_ref_j: float | None = column("c_ref of prefill", unit="J/token", null="router without a price")
     price_prefill_join: list[float] | None = column("normalised join prices of prefill", unit="c_ref", null="router without a price")
     price_decode_c_ref_j: float | None = column("c_ref of decode", unit="J/token", null="router without a price")

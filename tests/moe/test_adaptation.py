@@ -44,6 +44,11 @@ def routed(ttt: EnergyAwareTTTRouter, ids_BS: Tensor) -> list[Tensor]:
     return [routing.logits_TE for routing in ttt.model(ids_BS, output_routing=True).routing]
 
 
+@torch.no_grad()
+def canary_loss(ttt: EnergyAwareTTTRouter) -> float:
+    return float(ttt.model(ttt.canary_BS, labels=ttt.canary_BS).lm_loss)
+
+
 def test_an_update_changes_the_biases_and_nothing_else(tiny: Build) -> None:
     ttt = adapting(tiny)
     before, config = weights(ttt), ttt.model.config.to_dict()
@@ -198,6 +203,31 @@ def test_poisoned_text_is_reverted_by_the_canary(tiny: Build) -> None:
         else:
             assert report.canary_delta is None or report.canary_delta <= 1e-3
     assert "canary revert" in events
+
+
+@pytest.mark.parametrize(
+    ("pattern", "guard"), [([17, 17, 17], "canary revert"), ([14, 13, 13], "total KL cap")], ids=["canary", "cap"]
+)
+def test_poisoned_text_stays_within_the_default_bounds(tiny: Build, pattern: list[int], guard: str) -> None:
+    """The trust region and the canary's loss, measured here and not as reported, after every update."""
+    ttt, bounds = adapting(tiny), TTTSettings()
+    poison_BS, events = torch.tensor(pattern).repeat(8, 11)[:, :32], list[str]()
+    clean = canary_loss(ttt)
+    for _ in range(30):
+        ttt.predict(poison_BS)
+        before_LE, logits = ttt.offsets(), routed(ttt, poison_BS)
+        report = ttt.ttt_update(update=True)
+        events += report.events
+        after_LE = ttt.offsets()
+        assert report.canary_delta is not None
+        if "canary revert" in report.events:
+            assert torch.equal(after_LE, torch.zeros_like(after_LE))
+        else:
+            assert kl_L(after_LE - before_LE, logits, 1.0).max() <= bounds.kl_step * 1.001
+        trained = [z - b for z, b in zip(logits, before_LE, strict=True)]
+        assert kl_L(after_LE, trained, 1.0).max() <= bounds.kl_total * 1.001
+        assert canary_loss(ttt) - clean <= bounds.canary_margin
+    assert guard in events
 
 
 def test_reset_and_restore_are_exact(tiny: Build) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe import experts as experts_module
 from moe.experts import DISPATCHES, Experts
+from moe.plain import PlainExperts
 
 
 class Choice(NamedTuple):
@@ -130,18 +131,50 @@ def test_without_triton_pytorch_serves(device, monkeypatch):
     assert_matches_loop(experts, tokens(30), routing, "auto", device)
 
 
-@pytest.mark.parametrize(("dispatch", "device"), PATHS)
-@settings(deadline=None, max_examples=25)
-@given(data=st.data())
-def test_dispatch_equals_loop_on_generated_shapes(dispatch, device, data):
+def drawn(data):
+    """Widths, and a routing of a few tokens to these experts; some choices are dropped."""
     widths = data.draw(st.lists(st.sampled_from([0, 4, 8, 12]), min_size=1, max_size=5).filter(any))
     T = data.draw(st.integers(0, 12))
     K = data.draw(st.integers(1, len(widths)))
     torch.manual_seed(data.draw(st.integers(0, 100)))
     expert_TK = torch.rand(T, len(widths)).argsort(1)[:, :K]
-    routing = make_routing(expert_TK, torch.rand(T, K) < 0.8)
+    return widths, make_routing(expert_TK, torch.rand(T, K) < 0.8)
+
+
+@pytest.mark.parametrize(("dispatch", "device"), PATHS)
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_dispatch_equals_loop_on_generated_shapes(dispatch, device, data):
+    widths, routing = drawn(data)
     activation = data.draw(st.sampled_from(["gelu", "swiglu"]))
-    assert_matches_loop(make_experts(widths, activation=activation), tokens(T), routing, dispatch, device)
+    x_TD = tokens(len(routing.expert_TK))
+    assert_matches_loop(make_experts(widths, activation=activation), x_TD, routing, dispatch, device)
+
+
+def assert_plain_matches_loop(widths, routing):
+    """gelu_new is the tanh form of GELU, which the loop computes."""
+    experts = make_experts(widths, activation="gelu")
+    plain = PlainExperts(SimpleNamespace(expert_widths=widths, n_embd=D_MODEL, activation_function="gelu_new")).double()
+    plain.load_state_dict(experts.state_dict())
+    routing.kept = lambda: routing.kept_TK
+    x_TD = tokens(len(routing.expert_TK))
+    probe_TD = torch.randn_like(x_TD)
+    expected = results(experts, x_TD, routing, "loop", probe_TD)
+    for got, want in zip(results(plain, x_TD, routing, "loop", probe_TD), expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_experts_equal_loop(case):
+    torch.manual_seed(0)
+    widths, expert_TK = CASES[case]
+    assert_plain_matches_loop(widths, make_routing(expert_TK))
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_plain_experts_equal_loop_on_generated_shapes(data):
+    assert_plain_matches_loop(*drawn(data))
 
 
 def test_one_expert_is_the_dense_network():

@@ -345,6 +345,19 @@ def test_compiles_without_a_graph_break(tiny: Build, ids: Tensor, name: str, bac
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+def test_a_dense_and_an_expert_block_compile_into_one_graph(tiny: Build, ids: Tensor) -> None:
+    model = tiny(router="energy", energy_lambda=0.3, n_layer=2, moe_layers=[1]).train()
+    counter, results = CompileCounterWithBackend("eager"), []
+    for call in (model, torch.compile(model, fullgraph=True, backend=counter)):
+        model.zero_grad()
+        output = call(ids, labels=ids, output_routing=True, use_cache=False)
+        output.loss.backward()
+        results.append((output.loss, output.routing[0].expert_TK, [p.grad for p in model.parameters()]))
+    assert len(output.routing) == counter.frame_count == 1
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_drops_are_returned_compiled_too(tiny: Build, ids: Tensor) -> None:
     model = tiny(router="capacity", capacity_factor=0.5, dispatch="loop").train()
     output = model(ids, labels=ids, output_routing=True)
@@ -396,6 +409,22 @@ def test_the_same_seed_gives_the_same_gradients(ids: Tensor, tiny: Build) -> Non
         model(ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["topk", "energy", "capacity", "random"])
+def test_dropped_attention_gives_the_same_gradients_too(tiny: Build, name: str) -> None:
+    """Without a cache attention on a CPU is one operator, which drops by itself; enough tokens for several threads."""
+    ids_BS, gradients = torch.randint(2, 97, (8, 64), generator=torch.Generator().manual_seed(3)), []
+    for seed in (4, 4, 5):
+        model = tiny(router=name, attn_pdrop=0.1, energy_lambda=0.3, capacity_factor=0.5).train()
+        torch.manual_seed(seed)
+        model(ids_BS, labels=ids_BS, use_cache=False).loss.backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    first, second, other = gradients
+    assert any("attn" in key for key in first)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
 
 
 def test_active_parameters(tiny: Build) -> None:

@@ -69,13 +69,9 @@ def test_up_to_8_experts_the_set_is_the_best_of_all(num_experts: int) -> None:
 
 @pytest.mark.slow
 def test_1000_instances_of_each_search() -> None:
-    """The distributions that docs/routing.md states."""
-    assert regrets(8).max() < 1e-5
-    regret = regrets(10)
-    assert regret.min() > -1e-6
-    assert (regret < 1e-5).mean() >= 0.98
-    assert regret.mean() < 0.001
-    assert regret.max() < 0.2
+    """The distributions that docs/routing.md states: the best set every time, but for the rounding of float64."""
+    for num_experts in (8, 10):
+        assert np.abs(regrets(num_experts)).max() < 1e-14, num_experts
 
 
 def test_beyond_8_the_search_is_nearly_always_the_best() -> None:

@@ -131,6 +131,22 @@ def test_a_uniform_price_changes_no_decision(name: str) -> None:
     assert torch.equal(free.weight_TK, priced.weight_TK)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", sorted(ROUTERS))
+def test_prices_of_opening_act_on_opening_alone(name: str, training: bool) -> None:
+    x_TD, tokens = text(padded=True)
+    router = make(name, training=training, energy_lambda=2.0, expert_widths=[128, 64, 32, 64, 16, 0])
+    routings = []
+    for seed in range(4):
+        router.open_E.copy_(50 * seed * torch.rand(E, generator=torch.Generator().manual_seed(seed)))
+        torch.manual_seed(5)
+        routings.append(router(x_TD, tokens))
+    free, *priced = routings
+    for routing in priced:
+        assert torch.equal(free.expert_TK, routing.expert_TK) is (name != "opening")
+        assert torch.equal(free.weight_TK, routing.weight_TK) is (name != "opening")
+
+
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_unequal_prices_act_on_priced_routers_alone(name: str) -> None:
     x_TD, tokens = text(batch=20)

@@ -29,7 +29,7 @@ from pipelines import adapt as adapts
 from pipelines import adapting, cli
 from pipelines import scan as scanning
 from pipelines.adapt import AdaptPlan, BudgetError, adapt
-from pipelines.adapting import Stream, Window, modelled_chunks, price_learner, with_learnt
+from pipelines.adapting import Stream, Window, modelled_chunks, price_learner, thermal_guard, with_learnt
 from pipelines.checkpoint import Loaded, load_checkpoint
 from pipelines.cli_models import _cost_of_adapting
 from pipelines.config import ConfigError
@@ -63,6 +63,7 @@ class Meter:
     def __init__(self) -> None:
         self.load, self.ticks, self.stream = 1.0, itertools.count(), None
         self.memory_bytes: int | None = None
+        self.heat_c: Iterator[float | None] = itertools.repeat(None)
         self.system = types.SimpleNamespace(history=())
         self.clock = types.SimpleNamespace(monotonic=lambda: 0.0)
 
@@ -76,8 +77,9 @@ class Meter:
         neurons = float(stream.counts.chosen_E.double() @ widths)
         energy = self.load * (stream.counts.tokens + 0.02 * neurons)
         held.measurement = Measurement(
-            name=name, energy_j=energy, duration_s=1.2, source="counter", max_memory_bytes=self.memory_bytes
-        )
+            name=name, energy_j=energy, duration_s=1.2, source="counter", max_memory_bytes=self.memory_bytes,
+            max_temperature_c=next(self.heat_c),
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -271,6 +273,24 @@ def test_a_hot_gpu_shrinks_the_next_batch_and_it_grows_back(checkpoint: str, met
     assert stream.chunk().shape[0] == 3
     assert stream._cool(None) == []
     assert stream._cool(60.0) == ["batch 3 to 8: 60 °C"]
+
+
+def test_a_stream_heeds_the_profile_of_its_board(checkpoint: str, meter: Meter) -> None:
+    """Slowdown at 89 °C, a margin of 5 °C: over 84 °C no batch is safe, and one sequence at a time goes on."""
+    loaded = load(checkpoint)
+    blocks_NS = loaded.corpus.splits["train"].blocks_NS
+    model = CostModel.for_device("NVIDIA H200", 700.0)
+    assert not model.analytic
+    guard = thermal_guard(model, model_shape(loaded.model.config, loaded.hardware), blocks_NS.shape[1])
+    ttt = EnergyAwareTTTRouter(loaded.model, canary_BS=blocks_NS[:2].long())
+    stream = Stream(ttt, blocks_NS, meter, batch_size=8, window_s=0.1, thermal=guard)  # type: ignore[arg-type]
+    limit_c = model.profile.thermal.slowdown_c - 5
+    meter.heat_c = iter([70.0, limit_c, limit_c + 1, 92.0, limit_c, 60.0, 60.0])
+    windows = list(stream.run(7))
+    # a window is read a moment into the next one, whose batch it changes from there on
+    assert [w.batch_size for w in windows] == [8, 8, 8, 8, 1, 1, 8]
+    assert windows[4].tokens < windows[0].tokens / 4
+    assert [w.events for w in windows if w.events] == [("batch 8 to 1: 85 °C",), ("batch 1 to 8: 84 °C",)]
 
 
 def test_warming_up_keeps_the_routers_and_what_learning_costs(checkpoint: str, meter: Meter) -> None:

@@ -194,6 +194,19 @@ def test_numbers_are_metrics_and_configuration_is_both() -> None:
     assert "top_k" not in mirrored.trial_params(trial(top_k=None))
 
 
+def test_the_audit_of_each_layer_is_a_curve() -> None:
+    last = synthetic.epochs(trial(router="energy", energy_lambda=0.6))[-1]
+    metrics = mirrored.epoch_metrics(dataclasses.replace(last, layer_logit_std=[1.0, math.nan]))
+    layers = {name: value for name, value in metrics.items() if "_layer_" in name}
+    expected = {"effective_experts": [3.5, 2.9], "price_flip_fraction": [0.3, 0.1], "logit_std": [1.0]}
+    expected |= {"price_drift": [0.06, 0.4], "lambda_undone": [0.06, 0.4]}
+    names = {f"epoch/{name}_layer_{n}": value for name, row in expected.items() for n, value in enumerate(row)}
+    assert layers == pytest.approx(names)
+    assert metrics["epoch/eval_loss_nats"] == last.eval_loss_nats
+    free = mirrored.epoch_metrics(synthetic.epochs(trial())[-1])
+    assert {name for name in free if "_layer_" in name} == {f"epoch/effective_experts_layer_{n}" for n in range(2)}
+
+
 def test_modelled_joules_are_tagged() -> None:
     assert mirrored.trial_tags(trial(energy_source="modelled"))["joules"] == "modelled"
     assert mirrored.trial_tags(trial())["joules"] == "measured"

@@ -175,6 +175,24 @@ def test_routing_by_layer_has_the_mean_beside_it(finished: tuple[TrialRecord, St
             assert epoch[name] == pytest.approx(sum(layers) / len(layers)), name
 
 
+def test_the_audit_has_an_entry_for_each_layer_with_experts(tiny: dict[str, Any], tmp_path: Path) -> None:
+    keys = {"n_layer": 3, "moe_layers": [0, 2], "energy_lambda": 1.0, "temperature": 2.0, "epochs": 1}
+    record = run_trial(config_of(tiny, **keys), out=tmp_path)
+    start, end = Store(tmp_path).read(EpochRecord, "single").to_pylist()
+    for epoch in (start, end):
+        for name in ("price_drift", "lambda_undone", "price_flip_fraction", "logit_std"):
+            layers = epoch[f"layer_{name}"]
+            assert len(layers) == 2, name
+            assert epoch[name] == pytest.approx(sum(layers) / 2), name
+        assert min(epoch["layer_logit_std"]) > 0
+        assert epoch["layer_lambda_undone"] == pytest.approx([drift / 2.0 for drift in epoch["layer_price_drift"]])
+        assert 0 < min(epoch["layer_price_flip_fraction"]) <= max(epoch["layer_price_flip_fraction"]) <= 1
+    for name in ("price_drift", "lambda_undone"):
+        assert start[f"layer_{name}"] == [0.0, 0.0]
+        assert 0.0 not in end[f"layer_{name}"]
+        assert getattr(record, name) == end[name]
+
+
 def test_a_router_without_capacity_drops_none(finished: tuple[TrialRecord, Store]) -> None:
     record, store = finished
     assert record.dropped_fraction == 0.0
