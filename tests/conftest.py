@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Tensors of tests are tiny: on a busy machine a second thread costs ten times what it saves. Read as torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
