@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 import math
 import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.scheduler import Report, Rule, Rungs, goes_on, is_rung, layers, rungs_of, seed_margin
+from pipelines.config import TrialConfig
+from pipelines.plan import plan_sweep
+from pipelines.records import EpochRecord, Store, TrialRecord
+from pipelines.scheduler import ParetoASHA, Report, Rule, Rungs, goes_on, is_rung, layers, rungs_of, seed_margin
+from pipelines.sweep import _scheduler
+from pipelines.trial_rows import config_columns
+from tune_spaces import Grid, Space
 
 RULE = Rule(margin_nats=0.0, margin_joules=0.0)
 points = st.lists(
@@ -112,3 +123,44 @@ def test_rungs_are_rebuilt_from_rows() -> None:
     random.Random(0).shuffle(rows)
     configs = {f"t{i}-s0": '{"schedule": "cosine", "epochs": 9}' for i in range(6)}
     assert rungs_of(rows, configs, RULE).reports == rungs.reports
+
+
+def test_a_resumed_sweep_knows_the_reports_of_its_tables(tiny: dict[str, Any], tmp_path: Path) -> None:
+    domains = {"energy_lambda": Grid((0.1, 0.2, 0.3, 0.4, 0.5))}
+    space = Space(name="s", question="", fixed=tiny | {"epochs": 9}, domains=domains, conditions={}, sweep={})
+    plan, store = plan_sweep(space, scheduler="pareto-asha"), Store(tmp_path)
+    *known, late = plan.trials
+    for n, trial in enumerate(known):
+        write_attempt(store, plan.sweep_id, trial, loss=3.0 + n, joules=10.0 - n)
+    resumed = _scheduler(plan, store)
+    epochs, rows = (store.read(table, plan.sweep_id).to_pylist() for table in (EpochRecord, TrialRecord))
+    expected = rungs_of(epochs, {row["trial_id"]: row["config_json"] for row in rows}).reports
+    assert {rung: len(reports) for rung, reports in expected.items()} == {("cosine", 9, 1): 4, ("cosine", 9, 3): 4}
+    assert resumed.rungs.reports == expected
+    assert (decision(resumed, late), decision(ParetoASHA(), late)) == (ParetoASHA.STOP, ParetoASHA.CONTINUE)
+    assert _scheduler(dataclasses.replace(plan, scheduler="fifo"), store) is None
+
+
+def write_attempt(store: Store, sweep_id: str, trial: TrialConfig, *, loss: float, joules: float) -> None:
+    """What a trial leaves that was killed in its fourth epoch: three epochs, and the row that the driver makes."""
+    key: dict[str, Any] = {"sweep_id": sweep_id, "trial_id": trial.trial_id, "attempt": 0}
+    epochs = [
+        EpochRecord(**key, epoch=n, eval_loss_nats=loss, train_energy_j=joules * n, tokens_trained=n) for n in range(4)
+    ]
+    store.write(EpochRecord, epochs, **key)
+    row = TrialRecord(
+        **key,
+        state="FAILED",
+        censored=False,
+        ended_by="died",
+        started_at=dt.datetime.now(dt.UTC),
+        **config_columns(trial),
+    )
+    store.write(TrialRecord, [row], **key)
+
+
+def decision(scheduler: ParetoASHA, trial: TrialConfig) -> str:
+    """On a report after one epoch that all others dominate."""
+    values = {"trial_id": trial.trial_id, **trial.model_dump(mode="json")}
+    report = {"epoch_row": "", "epoch": 1, "loss": 9.0, "joules": 90.0}
+    return scheduler.on_trial_result(None, SimpleNamespace(config={"trial": values}), report)
