@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import itertools
 import math
 import random
 from pathlib import Path
@@ -39,13 +40,15 @@ def stopped(values: list[tuple[float, float]], order: list[int], rule: Rule = RU
     return {i for i in order if not rungs.add(trial, f"t{i}-s0", 1, *values[i])}
 
 
-@given(points, st.randoms(use_true_random=False))
-def test_a_trial_that_dominates_all_is_never_stopped(values: list[tuple[float, float]], order: random.Random) -> None:
+@given(points, st.randoms(use_true_random=False), st.sampled_from([RULE, Rule(min_reports=1)]))
+def test_a_trial_that_dominates_all_is_never_stopped(
+    values: list[tuple[float, float]], order: random.Random, rule: Rule
+) -> None:
     best = (0.5, 0.5)
     everyone = [*values, best]
     index = list(range(len(everyone)))
     order.shuffle(index)
-    assert len(values) not in stopped(everyone, index)
+    assert len(values) not in stopped(everyone, index, rule)
 
 
 @given(points, st.randoms(use_true_random=False))
@@ -55,6 +58,37 @@ def test_the_first_layer_is_never_stopped(values: list[tuple[float, float]], ord
     loss_N, joules_N = (np.array(column) for column in zip(*values, strict=True))
     front = set(np.flatnonzero(layers(loss_N, joules_N, 0.0, 0.0) == 0).tolist())
     assert not stopped(values, index) & front
+
+
+#: (loss, joules, experiment): ties, differences within the margins, noise between seeds.
+replicated = st.lists(
+    st.tuples(st.sampled_from([3.0, 3.004, 3.02, 3.5]), st.sampled_from([100.0, 100.5, 200.0]), st.integers(0, 2)),
+    min_size=2,
+    max_size=5,
+)
+
+
+@given(replicated)
+@settings(max_examples=30, deadline=None)
+def test_in_every_order_the_final_front_goes_on(values: list[tuple[float, float, int]]) -> None:
+    """Of all permutations, by a rule that stops as soon as it can."""
+    names = [f"t{experiment}-s{i}" for i, (_, _, experiment) in enumerate(values)]
+    loss_N, joules_N, _ = (np.array(column) for column in zip(*values, strict=True))
+    front = {names[i] for i in np.flatnonzero(layers(loss_N, joules_N, 0.0, 0.0) == 0)}
+    trial = {"schedule": "cosine", "epochs": 4}
+    for order in itertools.permutations(range(len(values))):
+        rungs = Rungs(Rule(min_reports=1))
+        survivors = {names[i] for i in order if rungs.add(trial, names[i], 1, *values[i][:2])}
+        assert front <= survivors
+
+
+def test_asynchrony_lets_on_and_stops() -> None:
+    """The third best of four is stopped, of seven it goes on; the worst goes on where it reports first."""
+    values = [(float(n), float(n)) for n in range(1, 8)]
+    assert 2 in stopped(values, [0, 1, 3, 2, 4, 5, 6])
+    assert 2 not in stopped(values, [0, 1, 3, 4, 5, 6, 2])
+    assert 6 not in stopped(values, [6, 0, 1, 2, 3, 4, 5])
+    assert 6 in stopped(values, [0, 1, 2, 3, 4, 5, 6])
 
 
 @given(points, st.randoms(use_true_random=False))
