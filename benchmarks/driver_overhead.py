@@ -24,6 +24,7 @@ from typing import Any
 
 import ray
 
+from pipelines import recover
 from pipelines.actor import TrialActor
 from pipelines.config import TrialConfig
 from pipelines.follow import SweepCallback
@@ -43,32 +44,45 @@ class TabulatedActor(TrialActor):
 
     def step(self) -> dict[str, Any]:
         """The whole trial at once: its rows are made, not measured."""
-        config = self.config
-        values = {k: v for k, v in config["trial"].items() if k != "trial_id"}
-        trial = TrialConfig.parse(values)
-        journal, store = Journal(config["out"], config["sweep_id"]), Store(config["out"])
-        claim = {"config": values, "node": "", "pid": 0, "start": None, "beats": None, "spent_j": 0.0, "source": None}
-        key = {"sweep_id": config["sweep_id"], "trial_id": trial.trial_id}
-        attempt = journal.claim(trial.trial_id, claim | {"started_at": dt.datetime.now(dt.UTC).isoformat()})
-        loss, joules = 3.0 + 0.1 * trial.energy_lambda, 100.0 / (1 + trial.energy_lambda)
+        return self.end(self.epochs())
+
+    def epochs(self) -> list[EpochRecord]:
+        """Claim the trial and write its epochs."""
+        config, trial = self.config, self.config_of_trial()
+        attempt = Journal(config["out"], config["sweep_id"]).claim(trial.trial_id, recover.empty_claim(trial))
+        key = {"sweep_id": config["sweep_id"], "trial_id": trial.trial_id, "attempt": attempt}
+        loss, joules = self.outcome(trial)
         epoch = {"train_energy_j": joules, "eval_loss_nats": loss, "tokens_trained": 1000, "energy_source": "modelled"}
-        epochs = [EpochRecord(**key, attempt=attempt, epoch=n, **epoch) for n in range(trial.epochs + 1)]
-        store.write(EpochRecord, epochs, **key, attempt=attempt)
+        epochs = [EpochRecord(**key, epoch=n, **epoch) for n in range(trial.epochs + 1)]
+        Store(config["out"]).write(EpochRecord, epochs, **key)
+        return epochs
+
+    def config_of_trial(self) -> TrialConfig:
+        """The trial's configuration."""
+        return TrialConfig.parse({k: v for k, v in self.config["trial"].items() if k != "trial_id"})
+
+    def outcome(self, trial: TrialConfig) -> tuple[float, float]:
+        """Loss and joules of a trial."""
+        return 3.0 + 0.1 * trial.energy_lambda, 100.0 / (1 + trial.energy_lambda)
+
+    def end(self, epochs: list[EpochRecord]) -> dict[str, Any]:
+        """Write the trial's row."""
+        last = epochs[-1]
+        key = {"sweep_id": last.sweep_id, "trial_id": last.trial_id, "attempt": last.attempt}
         row = TrialRecord(
             **key,
-            attempt=attempt,
             state="COMPLETED",
             censored=False,
             ended_by="itself",
             started_at=dt.datetime.now(dt.UTC),
-            train_energy_j=joules,
-            eval_loss_nats=loss,
+            train_energy_j=last.train_energy_j,
+            eval_loss_nats=last.eval_loss_nats,
             energy_source="modelled",
-            **config_columns(trial),
+            **config_columns(self.config_of_trial()),
         )
-        store.write(TrialRecord, [row], **key, attempt=attempt)
+        Store(self.config["out"]).write(TrialRecord, [row], **key)
         text = json.dumps(dataclasses.asdict(row), default=lambda value: value.isoformat())
-        return {"epoch": trial.epochs, "trial_row": text, "done": True}
+        return {"epoch": last.epoch, "trial_row": text, "done": True}
 
 
 class Memory:

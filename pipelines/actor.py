@@ -72,8 +72,9 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
         record = self.trial.advance()
         if isinstance(record, EpochRecord):
             point = {"loss": record.eval_loss_nats, "joules": record.train_energy_j}
-            compiled_s = self.trial.code.seconds if self.trial.code is not None and not record.epoch else None
-            return {"epoch": record.epoch, "epoch_row": _text(record), "compiled_s": compiled_s, **point}
+            code = self.trial.code if not record.epoch else None
+            took = {"compiled_s": code.seconds, "waited_s": code.waited_s} if code is not None else {}
+            return {"epoch": record.epoch, "epoch_row": _text(record), **took, **point}
         self._let_go()
         return _last_word(record)
 

@@ -120,7 +120,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
             self.progress.epoch(record)
             self.mirror.post(self.tracker.log_epoch, record)
             if result.get("compiled_s"):
-                self.progress.compiled(record.trial_id, result["compiled_s"])
+                self.progress.compiled(record.trial_id, result["compiled_s"], result["waited_s"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial that ended without a row of its own was stopped by the scheduler."""

@@ -73,9 +73,14 @@ class Progress:
             self.trials[trial_id] = TrialConfig.parse({k: v for k, v in values.items() if k != "trial_id"})
         self.done.setdefault(trial_id, 0)
 
-    def compiled(self, trial_id: str, seconds: float) -> None:
-        """The first trial of a shape in its process compiled it; the others of that shape find it ready."""
-        self._line(trial_id, f"[dim]compiled its shape in {clock(seconds)}[/dim]")
+    def compiled(self, trial_id: str, seconds: float, waited_s: float) -> None:
+        """The first trial of a shape in its process compiled it, or waited for a process that did and loaded that from
+        the cache; the others of that shape find it ready.
+        """
+        text = f"compiled its shape in {clock(seconds)}"
+        if waited_s >= 1:
+            text = f"waited {clock(waited_s)} for another process with its shape, ready {clock(seconds)} later"
+        self._line(trial_id, f"[dim]{text}[/dim]")
 
     def epoch(self, record: EpochRecord) -> None:
         """An epoch ended."""

@@ -3,8 +3,12 @@
 A rung is an epoch (1, η, η², ...) of trials that train for the same number of epochs on the same schedule: a loss in
 the middle of a cosine says nothing about one at its end. At a rung trials are sorted into non-dominated layers over
 (loss, joules). The first layer always goes on; of the others those go on that stand among the best 1/η. Whoever
-reports when fewer than `min_reports` are known goes on (that is the asynchrony: an early report may let a trial on
-that a late one would have stopped).
+reports when fewer than `min_reports` are known goes on.
+
+A decision is taken once, with the reports known then. That is the asynchrony, and it goes both ways. An early report
+may let a trial on that a late one would have stopped: what dominates it was not known yet. And it may stop one that a
+late one would have let on: ceil(n/η) grows with n (at η = 3 the third best of four is stopped, the third best of seven
+goes on). In every order those go on that no report dominates, margins aside.
 
 Source of the rule without Pareto: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020.
 """

@@ -35,7 +35,9 @@ _NOT_THE_SHAPE = {"energy_lambda", "router_temperature", "router_seed", "transfo
 
 @dataclasses.dataclass
 class Compiled:
-    """A module, its compiled forward, and what compiling took; `ready` once it ran."""
+    """A module, its compiled forward, and what compiling took, after a wait for whoever else compiled; `ready` once it
+    ran.
+    """
 
     module: Any
     forward: Any
@@ -43,6 +45,7 @@ class Compiled:
     ready: bool = False
     busy: bool = True
     seconds: float | None = None
+    waited_s: float = 0.0
 
 
 _shapes: dict[str, Compiled] = {}
@@ -91,10 +94,11 @@ def compiling(code: Compiled) -> Iterator[None]:
     if code.ready:
         yield
         return
-    start_s = time.monotonic()
+    asked_s = time.monotonic()
     with _one_at_a_time(code.shape):
+        start_s = time.monotonic()
         yield
-    code.ready, code.seconds = True, time.monotonic() - start_s
+    code.ready, code.seconds, code.waited_s = True, time.monotonic() - start_s, start_s - asked_s
 
 
 def release(code: Compiled) -> None:

@@ -199,18 +199,24 @@ def keeper_of(pid: int) -> list[int]:
 
 
 def check_exactly_once(sweep: Sweep, uri: str | None = None) -> None:
-    """One row and one MLflow run per claimed attempt, whole histories, no leftovers of writes."""
+    """One row and one MLflow run per claimed attempt, whole histories in both, no leftovers of writes."""
     rows = sweep.store.read(TrialRecord, sweep.name).to_pylist()
     attempts = collections.Counter((row["trial_id"], row["attempt"]) for row in rows)
     assert set(attempts) == {(claim["trial_id"], claim["attempt"]) for claim in sweep.journal.claims()}
     assert set(attempts.values()) == {1}
-    assert runs_of(sweep, uri) == attempts
+    client, runs = runs_of(sweep, uri)
+    assert collections.Counter(map(attempt_of, runs)) == attempts
+    run_of = {attempt_of(run): run for run in runs}
     epochs = sweep.store.read(EpochRecord, sweep.name).to_pylist()
     whole = [row for row in rows if row["state"] == "COMPLETED"]
     assert len({row["trial_id"] for row in whole}) == len(whole)
     for row in whole:
         own = [e for e in epochs if (e["trial_id"], e["attempt"]) == (row["trial_id"], row["attempt"])]
         assert sorted(e["epoch"] for e in own) == list(range(row["epochs"] + 1))
+        run = run_of[row["trial_id"], row["attempt"]]
+        assert run.info.status == "FINISHED"
+        mirrored = client.get_metric_history(run.info.run_id, "epoch/eval_loss_nats")
+        assert sorted((m.step, m.value) for m in mirrored) == sorted((e["epoch"], e["eval_loss_nats"]) for e in own)
     _check_same_losses(epochs)
     assert sweep.store.read(PointRecord, sweep.name).num_rows == len(whole)
     assert [path for path in sweep.out.rglob("*.tmp") if "mlartifacts" not in path.parts] == []
@@ -224,15 +230,19 @@ def _check_same_losses(epochs: Iterable[Mapping[str, Any]]) -> None:
     assert {key: values for key, values in losses.items() if len(values) > 1} == {}
 
 
-def runs_of(sweep: Sweep, uri: str | None = None) -> collections.Counter[tuple[str, int]]:
-    """MLflow's runs of the sweep's attempts."""
+def runs_of(sweep: Sweep, uri: str | None = None) -> tuple[Any, list[Any]]:
+    """MLflow's client and its runs of the sweep's attempts."""
     import mlflow
 
     client = mlflow.MlflowClient(uri or f"sqlite:///{sweep.out}/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     where = f"tags.sweep_id = '{sweep.name}' and tags.kind = 'trial'"
-    runs = client.search_runs(experiments, where, max_results=1000)
-    return collections.Counter((run.data.tags["trial_id"], int(run.data.tags["attempt"])) for run in runs)
+    return client, list(client.search_runs(experiments, where, max_results=1000))
+
+
+def attempt_of(run: Any) -> tuple[str, int]:
+    """The attempt that a run mirrors."""
+    return run.data.tags["trial_id"], int(run.data.tags["attempt"])
 
 
 def check_ledger(sweep: Sweep) -> None:

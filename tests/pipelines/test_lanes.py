@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -14,12 +15,15 @@ import pytest
 
 from benchmarks import lanes as simulated
 from benchmarks.driver_overhead import TabulatedActor
+from pipelines.config import TrialConfig
 from pipelines.lanes import Card, Lanes, Worker, cards
 from pipelines.plan import plan_sweep
+from pipelines.records import EpochRecord
 from pipelines.sweep import run_sweep
 from tune_spaces import Grid, Space
 
 A, B = Worker("host", 1), Worker("host", 2)
+DOMINATED = 0.9
 
 
 def deck(*names: str, rounds: int = 1) -> list[Card]:
@@ -122,32 +126,50 @@ def test_replicates_of_the_controls_see_all_boards() -> None:
 
 
 class CompilingActor(TabulatedActor):
-    """Writes the rows of a trial; the first of a shape in a process takes longer, and is noted."""
+    """Reports an epoch, then writes the rows of a trial; the first of a shape in a process takes longer, and is noted.
+    A trial at λ = DOMINATED is worse than all others in loss and in joules.
+    """
 
     kept: ClassVar[set[int]] = set()
+    reported: list[EpochRecord] | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.reported = None
+        return super().reset_config(new_config)
+
+    def outcome(self, trial: TrialConfig) -> tuple[float, float]:
+        return (9.0, 900.0) if trial.energy_lambda == DOMINATED else super().outcome(trial)
 
     def step(self) -> dict[str, Any]:
+        if self.reported is not None:
+            return self.end(self.reported)
+        self.compile()
+        self.reported = self.epochs()
+        first = self.reported[1]
+        report = {"loss": first.eval_loss_nats, "joules": first.train_energy_j}
+        return {"epoch": 1, "epoch_row": json.dumps(dataclasses.asdict(first)), **report}
+
+    def compile(self) -> None:
         shape = self.config["trial"]["top_k"]
         first = shape not in self.kept
         self.kept.add(shape)
         time.sleep(2.0 if first else 0.2)
         with open(f"{self.config['out']}/shapes.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps([os.getpid(), shape, first]) + "\n")
-        return super().step()
 
 
 @pytest.mark.slow
-def test_ray_gives_a_worker_the_shape_it_has(
+def test_ray_gives_a_worker_the_shape_it_has_and_stops_what_is_dominated(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The dominated trial of a shape comes after the four others of it, so enough is known to stop it."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a process that asked for a token once asks every cluster for it
-    domains = {"top_k": Grid((1, 2)), "energy_lambda": Grid((0.1, 0.2, 0.3, 0.4))}
-    fixed = tiny | {"compile": True, "device": "cpu"}
-    plan = plan_sweep(
-        Space(name="s", question="", fixed=fixed, domains=domains, conditions={}, sweep={"anchor": False})
-    )
+    domains = {"top_k": Grid((1, 2)), "energy_lambda": Grid((0.1, 0.2, 0.3, 0.4, DOMINATED))}
+    fixed, rules = tiny | {"compile": True, "device": "cpu", "epochs": 2}, {"anchor": False, "scheduler": "pareto-asha"}
+    plan = plan_sweep(Space(name="s", question="", fixed=fixed, domains=domains, conditions={}, sweep=rules))
     result = run_sweep(plan, out=tmp_path, parallel=2, actor=CompilingActor)
-    assert result.completed == 8
+    ended = Counter((r.energy_lambda == DOMINATED, r.state, r.censored, r.ended_by) for r in result.records)
+    assert ended == {(False, "COMPLETED", False, "itself"): 8, (True, "STOPPED", True, "scheduler"): 2}
     rows = [json.loads(line) for line in (tmp_path / "shapes.jsonl").read_text().splitlines()]
     begun = [(pid, shape) for pid, shape, first in rows if first]
     assert len({pid for pid, _ in begun[:2]}) == len({shape for _, shape in begun[:2]}) == 2

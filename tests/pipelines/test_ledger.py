@@ -209,6 +209,9 @@ def test_an_anytime_trial_that_is_ended_keeps_its_points(
         assert (point["state"], point["censored"]) == (row.state, row.censored) == (state, state == "STOPPED")
         assert (point["eval_loss_nats"], point["train_energy_j"]) == (epoch.eval_loss_nats, epoch.train_energy_j)
         assert point["branch_energy_j"] == epoch.epoch_energy_j
+        trunk_j = sum(window.energy_j or 0.0 for window in trial.ledger.of(ledger.TRAIN)[: point["epochs"]])
+        assert trunk_j > 0
+        assert point["train_energy_j"] == pytest.approx(trunk_j + point["branch_energy_j"])
     assert row.corpus_fingerprint == trial.corpus.fingerprint
     front = pareto_front(store, sweep_id="s", table=front_table(store, "s"))
     assert {row["epochs"] for row in front.rows(members_only=False)} == {1, 2}

@@ -211,7 +211,7 @@ def test_a_whole_sweep_on_s3(tiny: dict[str, Any], tmp_path: Path, objects: Obje
     space.write_text(yaml.safe_dump({"question": "?", "trial": tiny | {"top_k": {"grid": [1, 2]}}}))
     objects.puts.clear()
     objects.refused.clear()
-    objects.multipart, objects.refuse = 0, "/trials/"
+    objects.multipart, objects.refuse = 0, ""
     out = objects.uri("sweep")
     words = [sys.executable, "-m", "pipelines.cli", "sweep", str(space), "--out", out, "--parallel", "1"]
     done = subprocess.run(
@@ -228,7 +228,9 @@ def test_a_whole_sweep_on_s3(tiny: dict[str, Any], tmp_path: Path, objects: Obje
     (sweep_id,) = store.sweep_ids()
     assert store.read(TrialRecord)["state"].to_pylist() == ["COMPLETED", "COMPLETED"]
     assert set(store.read(EpochRecord)["epoch"].to_pylist()) == {0, 1}
-    assert len(objects.refused) >= 2  # each trial's row was refused once and sent again
+    assert set(objects.refused) == set(objects.puts)  # every object was refused once and sent again
+    for name in ("/plan.json", "/driver.json", "/attempts/", "/epochs/", "/points/", "/checkpoints/", "/trials/"):
+        assert any(name in path for path in objects.refused), name
     tables = {path: count for path, count in objects.puts.items() if path.endswith(".parquet") and "epochs" not in path}
     assert set(tables.values()) == {1}, tables
     assert len(pareto_front(store, sweep_id=sweep_id)) >= 1

@@ -21,3 +21,13 @@ def test_a_resumed_sweep_counts_what_was_finished_before():
     # Two trials are this session's, one of them is done: half of its time is left, whatever the earlier ones took.
     assert progress.total == 2 * (1 + 1)
     assert sum(progress.done.values()) == progress.total / 2
+
+
+def test_who_waited_for_another_process_did_not_compile():
+    trial_, text = TrialConfig.parse({"epochs": 1}), io.StringIO()
+    progress = Progress([trial_], Console(file=text, width=200))
+    progress.compiled(trial_.trial_id, 42.0, waited_s=0.01)
+    progress.compiled(trial_.trial_id, 4.0, waited_s=65.0)
+    first, second = text.getvalue().splitlines()
+    assert first.endswith(f"{trial_.trial_id}  compiled its shape in 42s")
+    assert second.endswith(f"{trial_.trial_id}  waited 1m05s for another process with its shape, ready 4s later")

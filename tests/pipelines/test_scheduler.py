@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
+import itertools
 import math
 import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.scheduler import Report, Rule, Rungs, goes_on, is_rung, layers, rungs_of, seed_margin
+from pipelines.config import TrialConfig
+from pipelines.plan import plan_sweep
+from pipelines.records import EpochRecord, Store, TrialRecord
+from pipelines.scheduler import ParetoASHA, Report, Rule, Rungs, goes_on, is_rung, layers, rungs_of, seed_margin
+from pipelines.sweep import _scheduler
+from pipelines.trial_rows import config_columns
+from tune_spaces import Grid, Space
 
 RULE = Rule(margin_nats=0.0, margin_joules=0.0)
 points = st.lists(
@@ -28,13 +40,15 @@ def stopped(values: list[tuple[float, float]], order: list[int], rule: Rule = RU
     return {i for i in order if not rungs.add(trial, f"t{i}-s0", 1, *values[i])}
 
 
-@given(points, st.randoms(use_true_random=False))
-def test_a_trial_that_dominates_all_is_never_stopped(values: list[tuple[float, float]], order: random.Random) -> None:
+@given(points, st.randoms(use_true_random=False), st.sampled_from([RULE, Rule(min_reports=1)]))
+def test_a_trial_that_dominates_all_is_never_stopped(
+    values: list[tuple[float, float]], order: random.Random, rule: Rule
+) -> None:
     best = (0.5, 0.5)
     everyone = [*values, best]
     index = list(range(len(everyone)))
     order.shuffle(index)
-    assert len(values) not in stopped(everyone, index)
+    assert len(values) not in stopped(everyone, index, rule)
 
 
 @given(points, st.randoms(use_true_random=False))
@@ -44,6 +58,37 @@ def test_the_first_layer_is_never_stopped(values: list[tuple[float, float]], ord
     loss_N, joules_N = (np.array(column) for column in zip(*values, strict=True))
     front = set(np.flatnonzero(layers(loss_N, joules_N, 0.0, 0.0) == 0).tolist())
     assert not stopped(values, index) & front
+
+
+#: (loss, joules, experiment): ties, differences within the margins, noise between seeds.
+replicated = st.lists(
+    st.tuples(st.sampled_from([3.0, 3.004, 3.02, 3.5]), st.sampled_from([100.0, 100.5, 200.0]), st.integers(0, 2)),
+    min_size=2,
+    max_size=5,
+)
+
+
+@given(replicated)
+@settings(max_examples=30, deadline=None)
+def test_in_every_order_the_final_front_goes_on(values: list[tuple[float, float, int]]) -> None:
+    """Of all permutations, by a rule that stops as soon as it can."""
+    names = [f"t{experiment}-s{i}" for i, (_, _, experiment) in enumerate(values)]
+    loss_N, joules_N, _ = (np.array(column) for column in zip(*values, strict=True))
+    front = {names[i] for i in np.flatnonzero(layers(loss_N, joules_N, 0.0, 0.0) == 0)}
+    trial = {"schedule": "cosine", "epochs": 4}
+    for order in itertools.permutations(range(len(values))):
+        rungs = Rungs(Rule(min_reports=1))
+        survivors = {names[i] for i in order if rungs.add(trial, names[i], 1, *values[i][:2])}
+        assert front <= survivors
+
+
+def test_asynchrony_lets_on_and_stops() -> None:
+    """The third best of four is stopped, of seven it goes on; the worst goes on where it reports first."""
+    values = [(float(n), float(n)) for n in range(1, 8)]
+    assert 2 in stopped(values, [0, 1, 3, 2, 4, 5, 6])
+    assert 2 not in stopped(values, [0, 1, 3, 4, 5, 6, 2])
+    assert 6 not in stopped(values, [6, 0, 1, 2, 3, 4, 5])
+    assert 6 in stopped(values, [0, 1, 2, 3, 4, 5, 6])
 
 
 @given(points, st.randoms(use_true_random=False))
@@ -112,3 +157,44 @@ def test_rungs_are_rebuilt_from_rows() -> None:
     random.Random(0).shuffle(rows)
     configs = {f"t{i}-s0": '{"schedule": "cosine", "epochs": 9}' for i in range(6)}
     assert rungs_of(rows, configs, RULE).reports == rungs.reports
+
+
+def test_a_resumed_sweep_knows_the_reports_of_its_tables(tiny: dict[str, Any], tmp_path: Path) -> None:
+    domains = {"energy_lambda": Grid((0.1, 0.2, 0.3, 0.4, 0.5))}
+    space = Space(name="s", question="", fixed=tiny | {"epochs": 9}, domains=domains, conditions={}, sweep={})
+    plan, store = plan_sweep(space, scheduler="pareto-asha"), Store(tmp_path)
+    *known, late = plan.trials
+    for n, trial in enumerate(known):
+        write_attempt(store, plan.sweep_id, trial, loss=3.0 + n, joules=10.0 - n)
+    resumed = _scheduler(plan, store)
+    epochs, rows = (store.read(table, plan.sweep_id).to_pylist() for table in (EpochRecord, TrialRecord))
+    expected = rungs_of(epochs, {row["trial_id"]: row["config_json"] for row in rows}).reports
+    assert {rung: len(reports) for rung, reports in expected.items()} == {("cosine", 9, 1): 4, ("cosine", 9, 3): 4}
+    assert resumed.rungs.reports == expected
+    assert (decision(resumed, late), decision(ParetoASHA(), late)) == (ParetoASHA.STOP, ParetoASHA.CONTINUE)
+    assert _scheduler(dataclasses.replace(plan, scheduler="fifo"), store) is None
+
+
+def write_attempt(store: Store, sweep_id: str, trial: TrialConfig, *, loss: float, joules: float) -> None:
+    """What a trial leaves that was killed in its fourth epoch: three epochs, and the row that the driver makes."""
+    key: dict[str, Any] = {"sweep_id": sweep_id, "trial_id": trial.trial_id, "attempt": 0}
+    epochs = [
+        EpochRecord(**key, epoch=n, eval_loss_nats=loss, train_energy_j=joules * n, tokens_trained=n) for n in range(4)
+    ]
+    store.write(EpochRecord, epochs, **key)
+    row = TrialRecord(
+        **key,
+        state="FAILED",
+        censored=False,
+        ended_by="died",
+        started_at=dt.datetime.now(dt.UTC),
+        **config_columns(trial),
+    )
+    store.write(TrialRecord, [row], **key)
+
+
+def decision(scheduler: ParetoASHA, trial: TrialConfig) -> str:
+    """On a report after one epoch that all others dominate."""
+    values = {"trial_id": trial.trial_id, **trial.model_dump(mode="json")}
+    report = {"epoch_row": "", "epoch": 1, "loss": 9.0, "joules": 90.0}
+    return scheduler.on_trial_result(None, SimpleNamespace(config={"trial": values}), report)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +96,23 @@ def test_a_failed_trial_takes_its_compiled_code_along(tmp_path: Path, monkeypatc
     assert not kept.busy
     assert sum(p.numel() for p in kept.module.parameters()) == 0  # empty between trials
     warm.forget()
+
+
+def test_a_wait_for_another_process_is_not_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    @contextlib.contextmanager
+    def busy(shape: str) -> Iterator[None]:
+        nonlocal now_s
+        now_s += 60.0
+        yield
+
+    monkeypatch.setattr(warm, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(warm, "_one_at_a_time", busy)
+    code = warm.Compiled(module=None, forward=None, shape="a")
+    with warm.compiling(code):
+        now_s += 4.0
+    assert (code.waited_s, code.seconds, code.ready) == (60.0, 4.0, True)
 
 
 def test_a_corpus_is_read_once_and_again_when_its_file_changes(tmp_path: Path) -> None:
