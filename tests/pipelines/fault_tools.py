@@ -30,7 +30,7 @@ from pipelines.scheduler import Rungs, rungs_of
 from pipelines.tracking import ui_environment
 
 HERE = Path(__file__).parent
-PATIENCE_S = 240.0
+PATIENCE_S = 480.0
 _spec = importlib.util.spec_from_file_location("fake_boards", HERE / "fakes" / "pynvml.py")
 assert _spec is not None
 assert _spec.loader is not None
