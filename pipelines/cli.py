@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 
 from hwcost.cpu import SettingError
 from pipelines import cli_analysis, cli_models
 from pipelines.config import ConfigError, StorageError, TrialConfig
+from pipelines.console import standard_output
 from tune_spaces import RepeatedKeyError, Space, SpaceError, find_space, load_space, read_yaml
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def sweep(
     if sweep_id is not None and resume is None and Journal(out, sweep_id).has("plan.json"):
         space, resume, overrides, options = None, sweep_id, {}, {}
     plan = _plan(space, resume, out, overrides, options | {"sweep_id": sweep_id or resume})
-    console = Console(highlight=False)
+    console = standard_output()
     count = plan.samples if plan.is_adaptive else len(plan.trials)
     console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {count} trials. {plan.question}", soft_wrap=True)
     if plan.dropped:
@@ -187,7 +187,7 @@ def space(
     if as_json:
         typer.echo(json.dumps([t.model_dump(mode="json") for t in plan.trials], indent=1))
         return
-    console = Console(highlight=False)
+    console = standard_output()
     count = plan.samples if plan.is_adaptive else len(plan.trials)
     console.print(f"{count} trials, {plan.dropped} repeats dropped. {plan.question}", soft_wrap=True)
     if plan.search != "grid":

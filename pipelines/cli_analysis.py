@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.console import standard_output
+
 if TYPE_CHECKING:
     from pipelines.pareto import Front
     from pipelines.records import Store
@@ -139,7 +141,7 @@ def pareto(
         elif form is Format.csv:
             typer.echo(front_csv(front), nl=False)
         else:
-            print_front(front, _console())
+            print_front(front, standard_output())
 
 
 def compare(
@@ -162,7 +164,7 @@ def compare(
         found = comparing.compare(
             store, baseline, candidate, sweep_id=_sweep(store, sweep), table=rows, margin=margin, alpha=alpha
         )
-    console = _console()
+    console = standard_output()
     sheet = Table(title=f"{candidate}  against  {baseline}, equal within ±{margin:g} nat", title_justify="left")
     for head in PAIR_HEAD:
         sheet.add_column(head)
@@ -327,11 +329,6 @@ def _links(out: str, sweep_id: str, tracking_uri: str | None) -> tuple[dict[str,
         return links, _link_lines(tracker, sweep_id) if links else []
     except Exception:
         return {}, []
-
-
-def _console() -> Console:
-    """A terminal's width where there is one; else wide, so that a file or a pipe loses nothing."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import ConfigError, TrialConfig
+from pipelines.console import standard_output
 from pipelines.hub import first_line
 from tune_spaces import RepeatedKeyError, read_yaml
 
@@ -134,7 +133,7 @@ def evaluate(
     sheet = Table(title=f"{checkpoint}, {split}", title_justify="left", show_header=False)
     for name, value in rows.items():
         sheet.add_row(name, _text(value) + _modelled(name, rows["energy_source"]))
-    _console().print(sheet)
+    standard_output().print(sheet)
 
 
 def _routing_accuracy(loaded: Loaded, text: TokenSplit, *, oracle: bool, against: str | None) -> dict[str, Any]:
@@ -380,7 +379,3 @@ def _text(value: Any) -> str:
 
 def _modelled(name: str, source: str | None) -> str:
     return " modelled" if source == "modelled" and "_j_" in name else ""
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=120)

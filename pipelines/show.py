@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines import hygiene
+from pipelines.console import standard_output
 from pipelines.pareto import LABELS, Front
 from pipelines.records import TABLES, column_unit
 
@@ -27,6 +28,8 @@ _HEADS = {
 
 
 _WORDS = ("router", "regularizer", "price", "schedule")
+#: Configurations that are looked at for what varies; of more, the front's members alone.
+_LOOKED_AT = 10_000
 
 
 def axis_title(column: str, *, modelled: bool) -> str:
@@ -50,7 +53,7 @@ def print_front(front: Front, console: Console | None = None, *, limit: int = 40
         console: where to print; standard output where None.
         limit: at most so many members.
     """
-    console = console or Console()
+    console = console or standard_output()
     console.print(front_table(front, limit=limit))
     for line in front_lines(front, limit=limit):
         console.print(line, markup=False, highlight=False)
@@ -65,7 +68,7 @@ def front_table(front: Front, *, limit: int = 40) -> Table:
         title += f" ({joules})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows = front.rows()[:limit]
-    labels = varying_labels(rows)
+    labels = varying_labels(front.rows(members_only=False) if len(front.on_front_N) <= _LOOKED_AT else rows)
     probable = front.probability_N is not None
     for name in labels:
         side: Any = "left" if name in _WORDS else "right"
