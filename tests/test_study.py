@@ -348,7 +348,7 @@ def test_budgets_changes_and_prices_come_from_the_benchmark_beside_the_data(whol
     text = study.page(found, study.sections(found))
     assert "Model: the study's dense model, 4.0 M tokens with energy" in text
     assert "0.9000 to 1.2000 mJ/token (25.0%)" in text
-    assert "| 75% | 1.1000 | 20 | -0.21% | 5 | +0.00120 ± 0.00050 | +0.00030 | – | 1.00% |" in text
+    assert "| 75% | 1.1000 | 20 | -0.21% | 5 | – | +0.00120 ± 0.00050 | +0.00030 | – | 1.00% |" in text
     assert "| load | feedback | +0.10% | +8.00% | +0.40% | 2 |  |" in text
     assert "| load | replay | +0.10% | +8.00% | +8.10% | – |  |" in text
     assert "| join 3072 | 5.000 | 6.000 | – to 9.000 | no |" in text

@@ -331,8 +331,16 @@ class SmallDisk:
 
     def lock(self) -> None:
         """Lay a read-only mount of it over it: files that are open stay open."""
-        mount("--bind", str(self.folder), str(self.folder))
-        mount("-o", "remount,bind,ro", str(self.folder))
+        for attempt in range(20):
+            mount("--bind", str(self.folder), str(self.folder))
+            try:
+                mount("-o", "remount,bind,ro", str(self.folder))
+            except subprocess.CalledProcessError:  # busy: a file was opened for writing through it in between
+                self.unlock()
+                if attempt == 19:
+                    raise
+            else:
+                break
 
     def unlock(self) -> None:
         """Take that mount away."""
