@@ -91,7 +91,7 @@ def controls(study: Study) -> Section:
 
 def references(rows: Sequence[Row]) -> dict[str, Row]:
     """A row of each configuration that a price must beat: no price, a lower K, the price on other experts."""
-    routed = [row for row in rows if row["config"]["router"] in ("energy", "topk") and len(_widths(row)) > 1]
+    routed = [row for row in rows if row["config"]["router"] in ("energy", "topk") and len(data.widths(row)) > 1]
     plain = sorted((row for row in routed if not data.acts(row)), key=lambda row: -row["config"]["top_k"])
     found = {
         "no price": plain[0] if plain else None,
@@ -99,10 +99,6 @@ def references(rows: Sequence[Row]) -> dict[str, Row]:
         "a shuffled price": data.first(routed, lambda row: data.acts(row) and row["config"]["price"] == "shuffled"),
     }
     return {what: row for what, row in found.items() if row is not None}
-
-
-def _widths(row: Row) -> Sequence[float]:
-    return row["config"]["expert_width_factors"] or (1.0,) * 8
 
 
 # --- means -------------------------------------------------------------------------------------------------

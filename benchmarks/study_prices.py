@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from benchmarks import study_rows as data
 from benchmarks.study_rows import Mean, Row
 from benchmarks.study_text import markdown
+from pipelines.compare import gap
 
 Ends = tuple[Row, Row]
 
 
 def saving(ends: Ends, row: Row) -> float | None:
     """Log joules of the line through two trials at the loss of a third, less its own; None beyond the line's ends."""
-    (low, high), at = sorted(ends, key=data.loss), data.loss(row)
-    if not data.loss(low) <= at <= data.loss(high):
-        return None
-    share = (at - data.loss(low)) / (data.loss(high) - data.loss(low))
-    return data.log_total(low) + share * (data.log_total(high) - data.log_total(low)) - data.log_total(row)
+    line, point = (np.array([[data.loss(one), data.log_total(one)] for one in rows]) for rows in (ends, [row]))
+    more = gap(line, point)
+    return None if more is None else -more
 
 
 def against_lines(rows: Sequence[Row]) -> str:
@@ -32,7 +33,7 @@ def against_lines(rows: Sequence[Row]) -> str:
         if not data.acts(row):
             continue
         same = [other for other in rows if other["regularizer"] == row["regularizer"] and not data.acts(other)]
-        lines = [_line(same, _widths(row)), _line(same, (1.0,) * len(_widths(row)))]
+        lines = [_line(same, data.widths(row)), _line(same, (1.0,) * len(data.widths(row)))]
         found = [None if line is None else saving(line, row) for line in lines]
         if any(value is not None for value in found):
             body.append([row["name"], *("–" if value is None else f"{100 * value:+.1f}" for value in found)])
@@ -45,12 +46,8 @@ def against_lines(rows: Sequence[Row]) -> str:
     )
 
 
-def _widths(row: Row) -> tuple[float, ...]:
-    return tuple(row["config"]["expert_width_factors"] or (1.0,) * 8)
-
-
 def _line(rows: Sequence[Row], widths: Sequence[float]) -> Ends | None:
-    by_k = {row["config"]["top_k"]: row for row in rows if _widths(row) == tuple(widths)}
+    by_k = {row["config"]["top_k"]: row for row in rows if data.widths(row) == tuple(widths)}
     return (by_k[1], by_k[2]) if 1 in by_k and 2 in by_k else None
 
 
@@ -61,9 +58,9 @@ def among_prices(groups: Mapping[str, Sequence[Row]], lower: str, plain: str) ->
         groups: trials by configuration.
         lower, plain: the configurations between which the line without a price runs.
     """
-    every = {key: group[0] for key, group in groups.items()}
-    joules = data.first(every.values(), lambda row: data.acts(row) and row["config"]["price"] == "joules")
-    if joules is None or joules["config"]["router"] != "energy":
+    in_joules = (group[0] for group in groups.values() if group[0]["config"]["price"] == "joules")
+    joules = data.first(in_joules, lambda row: data.acts(row) and row["router"] == "energy")
+    if joules is None:
         return ""
     base = groups[joules["config_fingerprint"]]
     ends = {
@@ -78,8 +75,9 @@ def among_prices(groups: Mapping[str, Sequence[Row]], lower: str, plain: str) ->
         row = group[0]
         if row is joules or not data.acts(row) or row["config"]["energy_lambda"] != joules["config"]["energy_lambda"]:
             continue
-        changes = [data.paired(group, base, value) for value in (data.log_total, data.loss, saved)]
-        joules_change, loss_change, saved_change = changes
+        joules_change, loss_change, saved_change = (
+            data.paired(group, base, value) for value in (data.log_total, data.loss, saved)
+        )
         if joules_change is None or loss_change is None:
             continue
         body.append(

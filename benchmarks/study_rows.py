@@ -185,14 +185,13 @@ _CORRECTED = (
 def parts(row: Row) -> dict[str, str]:
     """What a configuration is, in words by kind; what cannot act is left out."""
     config = row["config"]
-    widths = config["expert_width_factors"] or [1.0] * (config["num_experts"] or 8)
     said = {"router": "dense" if config["router"] == "dense" else _router(row)}
     if config["router"] != "dense":
         said |= {"k": f"K={config['top_k']}"}
         if acts(row):
             price = "" if config["price"] == "joules" else f" in {config['price']}"
             said["price"] = f"λ={config['energy_lambda']:g}{price}"
-        said["widths"] = widths_word(widths)
+        said["widths"] = widths_word(widths(row))
         weight = config["regularizer_weight"]
         named = config["regularizer"] != "none" and weight
         said["regularizer"] = f"{config['regularizer']} {weight:g}" if named else "no regularizer"
@@ -213,6 +212,12 @@ def _router(row: Row) -> str:
 def acts(row: Row) -> bool:
     """True where λ is above 0 and the router has a price."""
     return bool(row["config"]["energy_lambda"]) and row["energy_lambda"] is not None
+
+
+def widths(row: Row) -> tuple[float, ...]:
+    """Width of each expert over that of the dense network."""
+    config = row["config"]
+    return tuple(config["expert_width_factors"] or (1.0,) * (config["num_experts"] or 8))
 
 
 def widths_word(widths: Sequence[float]) -> str:

@@ -23,6 +23,7 @@ from hwcost.points import Calibration, Point, ProbeSpec, Trace
 from pipelines.calibrate_plan import Plan, full_plan, small_plan
 from pipelines.calibrate_show import table
 from pipelines.calibrate_workers import Ran, Worker, WorkerError, lacks_memory
+from pipelines.console import standard_output
 
 _IDLE = "idle"
 _SECONDS_AROUND = 2.2  # what a point takes beside its window: moving weights, warming up
@@ -354,7 +355,7 @@ def calibrate(
     Raises:
         ValueError: no GPU where one was asked for, or points that cannot be fitted.
     """
-    console = console or Console()
+    console = console or standard_output()
     if points is not None:
         measured = Calibration.read(points)
     else:

@@ -361,8 +361,8 @@ def _means(
     savings, losses = [], []
     for seed in common:
         a, b = _curve(base, seed), _curve(cand, seed)
-        savings.append(_gap(a[:, ::-1], b[:, ::-1]))
-        losses.append(_gap(a, b))
+        savings.append(gap(a[:, ::-1], b[:, ::-1]))
+        losses.append(gap(a, b))
     saving = _over_seeds([None if gap is None else -math.expm1(gap) for gap in savings], alpha)
     loss = _over_seeds(losses, alpha)
     why = "" if saving is not None else "the two sides reach no loss in common"
@@ -376,8 +376,12 @@ def _curve(configs: Sequence[_Config], seed: int) -> np.ndarray:
     return front[np.argsort(front[:, 0])]
 
 
-def _gap(a: np.ndarray, b: np.ndarray, steps: int = 201) -> float | None:
-    """Mean over the shared first coordinate of b's second coordinate minus a's; None where nothing is shared."""
+def gap(a: np.ndarray, b: np.ndarray, steps: int = 201) -> float | None:
+    """Mean over the shared first coordinate of b's second coordinate minus a's; None where nothing is shared.
+
+    Args:
+        a, b: points of two curves, [N, 2]; one point will do.
+    """
     a, b = a[np.argsort(a[:, 0])], b[np.argsort(b[:, 0])]
     low, high = max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0])
     if low > high:

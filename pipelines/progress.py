@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipelines.config import TrialConfig
+from pipelines.console import standard_output
 from pipelines.records import EpochRecord, TrialRecord
 
 
@@ -51,7 +52,7 @@ class Progress:
         expected: int | None = None,
         earlier: Collection[str] = (),
     ) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or standard_output()
         self.trials = {trial.trial_id: trial for trial in trials}
         self.expected = expected  # trials in all, where they are not known beforehand
         self.earlier = set(earlier)  # trials that an earlier session ended: counted, but none of this one's time

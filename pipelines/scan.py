@@ -17,7 +17,7 @@ from pipelines.checkpoint import Loaded
 from pipelines.config import ConfigError
 from pipelines.data import TokenSplit
 from pipelines.evaluation import evaluate, measure_decode, measure_prefill
-from pipelines.model import opening_at, set_prices, switch_opening, weigh_opening
+from pipelines.model import set_prices, switch_opening, weigh_opening
 from pipelines.modelled import PhaseModel
 
 LAMBDAS = (0.0, *(10 ** (exponent / 2) for exponent in range(-10, 5)))
@@ -176,14 +176,12 @@ def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> Scan
     found = evaluate(model, split, config, hardware)
     prefill = measure_prefill(model, split, config, hardware, monitor)
     set_prices(model, loaded.prices["decode"])
-    batch = config.decode_batches[0]
-    with opening_at(model, config, hardware, batch):
-        decode = measure_decode(model, split, batch, config, hardware, monitor)
+    decode = measure_decode(model, split, config.decode_batches[0], config, hardware, monitor)
     routing = found.routing
     assert routing is not None
     assert routing.position_open_experts is not None
     modelled = PhaseModel.of(config, model.config, hardware, selected_width=routing.mean_selected_width)
-    step_j, size = modelled.training_j(1), {"batch_size": config.batch_size, "seq_len": config.seq_len}
+    step_j, batch = modelled.training_j(1), {"batch_size": config.batch_size, "seq_len": config.seq_len}
     return ScanPoint(
         energy_lambda=energy_lambda,
         loss_nats=found.loss_nats,
@@ -195,7 +193,7 @@ def _point(loaded: Loaded, monitor: EnergyMonitor, energy_lambda: float) -> Scan
         mean_selected_width=routing.mean_selected_width,
         prefill_j_per_token=prefill.j_per_token,
         decode_j_per_token=decode.j_per_token,
-        modelled_train_j_per_token=None if step_j is None else share_energy(step_j, **size).token_j,
+        modelled_train_j_per_token=None if step_j is None else share_energy(step_j, **batch).token_j,
         energy_source=monitor.source,
     )
 
