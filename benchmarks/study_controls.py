@@ -134,11 +134,18 @@ def _means(study: Study, both: Sequence[Side]) -> str:
         "test loss, nat",
         "width",
     )
+    watts = sorted(
+        row["train_energy_j"] / row["board_factor"] / row["train_duration_s"]
+        for group, _ in shown
+        for row in group
+        if row["train_duration_s"]
+    )
+    drew = f" Training drew {watts[0]:.0f} to {watts[-1]:.0f} W." if watts else ""
     return (
         "Means with 95 % intervals over seeds. Joules are those of the whole training steps, routers included. Above "
         "waiting: joules less the time times the watts of a waiting board "
-        f"({_waiting_words(study, waiting)}). Width: mean neurons that a token passes through per layer.\n\n"
-        f"{markdown(head, body)}"
+        f"({_waiting_words(study, waiting)}). Width: mean neurons that a token passes through per layer."
+        f"{drew}\n\n{markdown(head, body)}"
     )
 
 

@@ -36,8 +36,10 @@ def phases(study: Study) -> Section:
         return Section(title=title, text=(NOT_RUN,))
     batches = [batch for batch in BATCHES if any(row[_decode(batch)] is not None for row in rows)]
     columns = ["train_j_per_token", "prefill_j_per_token", *map(_decode, batches)]
-    head = ("configuration", "training", "prefill", *(f"decode, batch {batch}" for batch in batches))
-    body = [[row["name"], *(text(_milli(row[column])) for column in columns)] for row in rows]
+    head = ("configuration", "training", "prefill", *(f"decode, batch {batch}" for batch in batches), "loss, nat")
+    body = [
+        [row["name"], *(text(_milli(row[column])) for column in columns), text(row["eval_loss_nats"])] for row in rows
+    ]
     base = rows[data.baseline([row["config"] for row in rows]) or 0]
     said = [
         f"mJ per token, one seed each. {data.footing(study, rows, [base])}\n\n{markdown(head, body)}",
