@@ -149,7 +149,7 @@ class TrialConfig(pydantic.BaseModel):
         room = self.seq_len - self.decode_prompt_tokens
         _expect(
             "decode_new_tokens",
-            f"at most {room} (seq_len − decode_prompt_tokens: raise the one or lower the other)",
+            f"at most {room} (seq_len − decode_prompt_tokens; change either)",
             self.decode_new_tokens <= room or not self.decode_batches,
             self.decode_new_tokens,
         )

@@ -28,7 +28,7 @@ from pipelines.config import ConfigError, TrialConfig
         (
             "decode_new_tokens",
             1000,
-            "decode_new_tokens: expected at most 56 (seq_len − decode_prompt_tokens), got 1000",
+            "decode_new_tokens: expected at most 56 (seq_len − decode_prompt_tokens; change either), got 1000",
         ),
     ],
 )
