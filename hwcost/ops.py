@@ -313,8 +313,8 @@ def train_step(shape: ModelShape, call: Call) -> Counts:
 
 
 def prefill(shape: ModelShape, call: Call) -> Counts:
-    """One forward pass over B prompts of S tokens, with the logits of every position: as when texts are scored. A forward
-    that reads the last position's logits alone, as a trial's prefill does, takes less of the LM head."""
+    """One forward pass over B prompts of S tokens, with the logits of every position: as when texts are scored. A
+    forward that reads the last position's logits alone, as a trial's prefill does, takes less of the LM head."""
     return _model(shape, dataclasses.replace(call, phase="prefill"))
 
 
