@@ -95,7 +95,7 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
     tracker.finish_sweep(front, artifacts=paths, models=final_models(Journal(os.fspath(out), sweep_id)))
     console.print(f"Report: {paths[0]}", markup=False, soft_wrap=True)
     if links:
-        console.print(f"MLflow: joulemoe ui {out}", markup=False, soft_wrap=True)
+        console.print(f"MLflow: {tracker.server or f'joulemoe ui {out}'}", markup=False, soft_wrap=True)
         for line in _link_lines(tracker, sweep_id):
             console.print(line, markup=False, soft_wrap=True)
     return True
@@ -274,15 +274,20 @@ def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
 def ui(
     out: Out, sweep: Sweep = None, port: Annotated[int, typer.Option(min=1)] = 5000, tracking_uri: Uri = None
 ) -> None:
-    """Serve the MLflow UI on 127.0.0.1 and print the link that compares the sweep's trials."""
+    """Serve the MLflow UI on 127.0.0.1 and print the link that compares the sweep's trials.
+
+    A tracking server has a UI of its own: then only the links to it are printed.
+    """
     from pipelines.records import Store
     from pipelines.tracking import Tracker, ui_command, ui_environment
 
     with _one_line():
         tracker = Tracker.open(out, tracking_uri)
-        lines = _link_lines(tracker, _sweep(Store(out), sweep), f"http://127.0.0.1:{port}")
+        lines = _link_lines(tracker, _sweep(Store(out), sweep), tracker.server or f"http://127.0.0.1:{port}")
     for line in lines:
         typer.echo(line)
+    if tracker.server is not None:
+        return
     command = ui_command(out, port=port, tracking_uri=tracking_uri)
     sys.stdout.flush()
     os.execve(command[0], command, ui_environment())
@@ -311,7 +316,7 @@ def _own_front(store: Store, out: str | os.PathLike[str], sweep_id: str) -> Fron
     return pareto_front(store, *axes, sweep_id=sweep_id, table=front_table(store, sweep_id, axes))
 
 
-def _link_lines(tracker: Tracker, sweep_id: str, base: str = "http://127.0.0.1:5000") -> list[str]:
+def _link_lines(tracker: Tracker, sweep_id: str, base: str | None = None) -> list[str]:
     """The two pages of the MLflow UI that show all trials at once."""
     return [
         f"Loss against joules, parallel coordinates: {tracker.charts_url(sweep_id, base)}",

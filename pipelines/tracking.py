@@ -216,30 +216,45 @@ class Tracker:
 
     # --- links -----------------------------------------------------------------------------------------
 
-    def run_urls(self, sweep_id: str, base: str = DEFAULT_UI) -> dict[str, str]:
-        """Address of each trial's run in the MLflow UI, by trial id (its last attempt)."""
+    @property
+    def server(self) -> str | None:
+        """Address at which a browser finds the tracking server, without a user's name and password; None where the
+        store is a database, whose UI `joulemoe ui` serves.
+        """
+        parts = urllib.parse.urlsplit(self.uri)
+        if parts.scheme not in ("http", "https"):
+            return None
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+
+    def run_urls(self, sweep_id: str, base: str | None = None) -> dict[str, str]:
+        """Address of each trial's run in the MLflow UI, by trial id (its last attempt).
+
+        `base`: address of the UI; else the server's own, or the one that `joulemoe ui` takes.
+        """
         self._select(sweep_id, fresh=True)
         _, experiment = self._client()
         ordered = sorted(self._runs.items(), key=lambda item: item[0][1])
-        return {trial: f"{base}/#/experiments/{experiment}/runs/{run.info.run_id}" for (trial, _), run in ordered}
+        runs = f"{base or self.server or DEFAULT_UI}/#/experiments/{experiment}/runs"
+        return {trial: f"{runs}/{run.info.run_id}" for (trial, _), run in ordered}
 
-    def compare_url(self, sweep_id: str, base: str = DEFAULT_UI) -> str:
+    def compare_url(self, sweep_id: str, base: str | None = None) -> str:
         """The MLflow UI's page that compares the last attempts of a sweep's trials that have a loss."""
         self._select(sweep_id, fresh=True)
         _, experiment = self._client()
         last = {trial: run for (trial, _), run in sorted(self._runs.items(), key=lambda item: item[0][1])}
         order = sorted(last.values(), key=lambda run: (run.info.start_time, run.info.run_id))
         ids = [run.info.run_id for run in order if "eval_loss_nats" in run.data.metrics]
-        return compare_link(ids, experiment, base)
+        return compare_link(ids, experiment, base or self.server or DEFAULT_UI)
 
-    def charts_url(self, sweep_id: str, base: str = DEFAULT_UI) -> str:
+    def charts_url(self, sweep_id: str, base: str | None = None) -> str:
         """The MLflow UI's chart page of the sweep's trials: loss against joules, parallel coordinates, curves."""
         client, experiment = self._client()
         key, view = chart_view(sweep_id)
         tag = f"mlflow.sharedViewState.{key}"
         if client.get_experiment(experiment).tags.get(tag) != view:
             client.set_experiment_tag(experiment, tag, view)
-        return f"{base}/#/experiments/{experiment}/runs?viewStateShareKey={key}&compareRunsMode=CHART"
+        page = f"{base or self.server or DEFAULT_UI}/#/experiments/{experiment}/runs"
+        return f"{page}?viewStateShareKey={key}&compareRunsMode=CHART"
 
     # --- inside ----------------------------------------------------------------------------------------
 

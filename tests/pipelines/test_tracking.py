@@ -178,6 +178,12 @@ def test_the_environment_and_the_argument_name_the_server(tmp_path: Path, monkey
     assert ui_command(tmp_path)[-4:] == ["--host", "127.0.0.1", "--port", "5000"]
 
 
+def test_links_lead_to_the_server_and_keep_its_password(tmp_path: Path) -> None:
+    assert Tracker(tmp_path).server is None
+    assert Tracker(tmp_path, tracking_uri="http://host:5001/mlflow/").server == "http://host:5001/mlflow"
+    assert Tracker(tmp_path, tracking_uri="https://me:secret@host:5001").server == "https://host:5001"
+
+
 # --- what MLflow shows of a record -------------------------------------------------------------------------
 
 
