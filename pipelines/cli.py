@@ -52,14 +52,14 @@ def sweep(
         str | None, typer.Option(help="grid, random, tpe, nsga2, gp or cost-aware; default: what the space says.")
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="fifo or pareto-asha; default: what the space says.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Trials in all, for searches that draw.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Replicates of every trial; grid and random only.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Experiments to draw, for searches that draw; each gets --seeds trials.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Replicates of every experiment.")] = None,
     objectives: Annotated[
         list[str] | None, typer.Option("--objective", help="COLUMN or COLUMN:max; two or three times.")
     ] = None,
-    max_joules: Annotated[
-        float | None, typer.Option(help="End after so many joules, idle and lost ones too. OUT on a disk only.")
-    ] = None,
+    max_joules: Annotated[float | None, typer.Option(help="End after so many joules, idle and lost ones too.")] = None,
     max_hours: Annotated[float | None, typer.Option(help="End after so many hours.")] = None,
     stall: Annotated[
         int | None, typer.Option("--stop-when-hypervolume-stalls", help="End when so many trials added nothing.")
@@ -98,8 +98,7 @@ def sweep(
         space, resume, overrides, options = None, sweep_id, {}, {}
     plan = _plan(space, resume, out, overrides, options | {"sweep_id": sweep_id or resume})
     console = standard_output()
-    count = plan.samples if plan.is_adaptive else len(plan.trials)
-    console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {count} trials. {plan.question}", soft_wrap=True)
+    console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {plan.count} trials. {plan.question}", soft_wrap=True)
     if plan.dropped:
         console.print(
             f"{plan.dropped} points of the space repeat an experiment (λ where no price can act, say) and were dropped."
@@ -135,7 +134,7 @@ def _plan(
     if space is None and not asked and not overrides:
         return plan
     loaded = load_space(find_space(space)) if space is not None else plan.loaded_space()
-    before = {key: getattr(plan, key) for key in options} | ({"seeds": 1} if plan.is_adaptive else {})
+    before = {key: getattr(plan, key) for key in options}
     return plan.extended(plan_sweep(loaded, overrides=overrides, **(before | asked)))
 
 
@@ -188,8 +187,7 @@ def space(
         typer.echo(json.dumps([t.model_dump(mode="json") for t in plan.trials], indent=1))
         return
     console = standard_output()
-    count = plan.samples if plan.is_adaptive else len(plan.trials)
-    console.print(f"{count} trials, {plan.dropped} repeats dropped. {plan.question}", soft_wrap=True)
+    console.print(f"{plan.count} trials, {plan.dropped} repeats dropped. {plan.question}", soft_wrap=True)
     if plan.search != "grid":
         for key, domain in plan.loaded_space().domains.items():
             console.print(f"  {key}: {domain}", soft_wrap=True, markup=False)
@@ -198,7 +196,7 @@ def space(
     examples = plan.trials or plan.examples()
     name, limit_w = (gpu, None) if gpu else _gpu_here()
     found = estimate(examples, gpu_name=name, power_limit_w=limit_w, epoch_tokens=epoch_tokens)
-    share = (count or 1) / len(examples)
+    share = plan.count / len(examples)
     unknown = "nothing was calibrated for this GPU" if name else "none for this host, which has no GPU"
     basis = f"profile {found.profile}" + (f": {unknown}" if found.analytic else "")
     console.print(

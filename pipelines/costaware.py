@@ -115,6 +115,10 @@ class CostAwareStudy:
         self._points = _points(space)
         self._rows: dict[str, tuple[list[float], float]] = {}
 
+    def reserve(self, config: TrialConfig) -> None:
+        """A trial that this study did not choose begins: its outcome will be told, and it is not asked for."""
+        self.asked[config.trial_id] = config
+
     def ask(self) -> TrialConfig:
         """The next configuration; where every point ran already, one with a new seed."""
         candidates = self._candidates()
@@ -129,7 +133,7 @@ class CostAwareStudy:
         config = self.asked.pop(trial_id, None)
         if config is not None:
             self.outcomes[trial_id] = config, self.values_of(row)
-        elif row is not None:  # begun in an earlier session, so that this study did not ask for it
+        elif row is not None:
             self.remember(row)
 
     def remember(self, row: TrialRecord) -> None:

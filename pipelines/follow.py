@@ -64,7 +64,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
         ended = recover.rows_of(self.store, self.plan.sweep_id)
         self.progress = Progress(
             self.plan.trials,
-            expected=self.plan.samples if self.plan.is_adaptive else None,
+            expected=self.plan.count if self.plan.is_adaptive else None,
             earlier=[trial_id for trial_id, row in ended.items() if recover.is_final(row)],
         )
         self.epochs: dict[str, list[EpochRecord]] = {}

@@ -35,7 +35,7 @@ class SweepPlan:
         dropped: how many points of the space repeat an experiment that is already in (for example λ > 0
             where no price can act).
         document: the space as it was read, overrides included; an adaptive search draws from it.
-        samples: trials in all, for searches that draw.
+        samples: experiments to draw, for searches that draw; each gets `seeds` trials.
         objectives: columns to search by, `COLUMN` or `COLUMN:max`.
         max_joules, max_hours, stall: budgets; None: no limit.
         anchor: measure the anchor workload on every board that is measured, at the start and the end.
@@ -61,6 +61,11 @@ class SweepPlan:
     def is_adaptive(self) -> bool:
         """True where trials are chosen while the sweep runs."""
         return self.search in ADAPTIVE
+
+    @property
+    def count(self) -> int:
+        """Trials in all."""
+        return (self.samples or 0) * self.seeds if self.is_adaptive else len(self.trials)
 
     def examples(self) -> tuple[TrialConfig, ...]:
         """A few draws of the space, to check what trials need before any runs."""
@@ -117,7 +122,7 @@ def plan_sweep(
     if search not in SEARCHES:
         raise ConfigError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
     adaptive, rules = search in ADAPTIVE, _rules(space, more)
-    check_search(chosen, search, adaptive=adaptive, seeds=seeds, objectives=rules["objectives"])
+    check_search(chosen, search, adaptive=adaptive, objectives=rules["objectives"])
     samples = samples or int(space.sweep.get("samples") or _DEFAULT_SAMPLES)
     points = list(chosen.grid_points()) if search == "grid" else _draws(chosen, samples)
     configs = [TrialConfig.parse(_located(point)) for point in points]

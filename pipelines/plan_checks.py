@@ -17,7 +17,7 @@ from tune_spaces import CASE, Choice, Domain, Grid, Space
 WHOLE = 2000
 
 
-def check_search(space: Space, search: str, *, adaptive: bool, seeds: int, objectives: Sequence[str]) -> None:
+def check_search(space: Space, search: str, *, adaptive: bool, objectives: Sequence[str]) -> None:
     """Raises ConfigError where a search cannot do what it is asked for."""
     if not adaptive:
         return
@@ -27,11 +27,6 @@ def check_search(space: Space, search: str, *, adaptive: bool, seeds: int, objec
         raise ConfigError(f"search: expected a space with domains for {search}, got fixed values only")
     if search == "cost-aware" and len(objectives) != 2:
         raise ConfigError(f"objectives: expected two for search cost-aware, got {len(objectives)}")
-    if seeds != 1:
-        raise ConfigError(
-            f"--seeds: expected 1 with search {search}, which chooses one trial after the other (grid and random "
-            f"replicate; --seeds 1 replaces sweep.seeds of a space), got {seeds}"
-        )
 
 
 def check_objectives(objectives: Sequence[str]) -> None:

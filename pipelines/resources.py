@@ -40,8 +40,7 @@ def resources_of(plan: SweepPlan, parallel: int | None, *, local: bool) -> Resou
     """
     trials = plan.trials or plan.examples()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    count = len(plan.trials) or (plan.samples or 1)
-    return allot([config.device for config in trials], nodes, count=count, parallel=parallel, local=local)
+    return allot([config.device for config in trials], nodes, count=plan.count, parallel=parallel, local=local)
 
 
 def allot(devices: Sequence[str], nodes: Sequence[Node], *, count: int, parallel: int | None, local: bool) -> Resources:

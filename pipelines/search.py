@@ -85,7 +85,11 @@ class Study:
         self.study = optuna.create_study(directions=directions, sampler=sampler)
         self.threads: int | None = None  # what a CPU trial gets where its space does not say
         self.known: dict[str, Outcome] = {}
-        self.asked: dict[str, optuna.Trial] = {}
+        self.asked: dict[str, optuna.Trial | None] = {}
+
+    def reserve(self, config: TrialConfig) -> None:
+        """A trial that this study did not choose begins: its outcome will be told, and it is not asked for."""
+        self.asked[config.trial_id] = None
 
     def ask(self) -> TrialConfig:
         """The next configuration; one that ran already is told again, and after that a new seed of it is taken."""
@@ -109,11 +113,11 @@ class Study:
         trial = self.asked.pop(trial_id, None)
         if trial is not None:
             self._tell(trial, outcome)
-        elif row is not None:  # begun in an earlier session, so that this study did not ask for it
+        elif row is not None:  # reserved: the study did not ask for it
             self.remember(row)
 
     def remember(self, row: TrialRecord) -> None:
-        """An outcome of an earlier session."""
+        """An outcome of a trial that the study did not ask for, of an earlier session say."""
         outcome = self.known[row.trial_id] = self.outcome_of(row)
         settings, params, distributions = json.loads(row.config_json), {}, {}
         for key, domain in self.space.domains.items():
@@ -155,29 +159,69 @@ class Study:
 class StudySearch(Stateless):
     """The study as a Ray Tune searcher: whole configurations of actors go out, rows come back.
 
+    The study chooses `samples` experiments. Where they shall have more than one seed each, the first replicates come
+    after all experiments' first trials, as in a grid: those of one experiment do not run back to back (temperature). A
+    study that finds all points of its space tried gets on with replicates too.
+
     Args:
         common: what every actor's configuration holds.
-        unfinished: trials of an earlier session that run first.
+        samples, seeds: experiments, and trials of each.
+        ended, unfinished: trials of earlier sessions; the unfinished ones run first.
     """
 
     def __init__(
-        self, study: Study | CostAwareStudy, common: Mapping[str, Any], unfinished: Iterable[TrialConfig], count: int
+        self,
+        study: Study | CostAwareStudy,
+        common: Mapping[str, Any],
+        *,
+        samples: int,
+        seeds: int = 1,
+        ended: Iterable[TrialConfig] = (),
+        unfinished: Iterable[TrialConfig] = (),
     ) -> None:
         super().__init__()
-        self.study, self.common, self.count = study, dict(common), count
+        self.study, self.common, self.samples, self.seeds = study, dict(common), samples, seeds
         self._first = list(unfinished)
         self._names: dict[str, str] = {}
+        self._experiments: dict[str, list[TrialConfig]] = {}
+        self._all_tried = False
+        ended = list(ended)
+        self.count = samples * seeds - len(ended)
+        for config in (*ended, *self._first):
+            self._begins(config)
+        for config in self._first:
+            study.reserve(config)
 
     def suggest(self, trial_id: str) -> Any:
         """The configuration of Ray's next trial."""
         if self.count <= 0:
             return self.FINISHED
         self.count -= 1
-        config = self._first.pop(0) if self._first else self.study.ask()
+        config = self._first.pop(0) if self._first else self._next()
         if config.threads is None:
             config = config.model_copy(update={"threads": self.study.threads})
         self._names[trial_id] = config.trial_id
         return {**self.common, "trial": {"trial_id": config.trial_id, **config.model_dump(mode="json")}}
+
+    def _next(self) -> TrialConfig:
+        config = self._replicate() if self._all_tried or len(self._experiments) >= self.samples else None
+        if config is not None:
+            self.study.reserve(config)
+        else:
+            config = self.study.ask()
+            self._all_tried |= config.fingerprint in self._experiments
+        self._begins(config)
+        return config
+
+    def _begins(self, config: TrialConfig) -> None:
+        self._experiments.setdefault(config.fingerprint, []).append(config)
+
+    def _replicate(self) -> TrialConfig | None:
+        """A new seed of the experiment that has fewest; None where all have enough."""
+        fewest = min(self._experiments.values(), key=len)
+        if len(fewest) >= self.seeds:
+            return None
+        return fewest[0].model_copy(update={"seed": max(config.seed for config in fewest) + 1})
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study. A trial that died ends in an error; one that reported, but has no row yet, was stopped."""

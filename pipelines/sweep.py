@@ -225,18 +225,16 @@ def _is_done(plan: SweepPlan, store: Store) -> bool:
     """Whether every trial of a plan has its final row."""
     final = {trial_id for trial_id, row in recover.rows_of(store, plan.sweep_id).items() if recover.is_final(row)}
     if plan.is_adaptive:
-        return len(final) >= (plan.samples or 0)
+        return len(final) >= plan.count
     return final >= {trial.trial_id for trial in plan.trials}
 
 
 def _missing(plan: SweepPlan, store: Store) -> bool:
     """Whether planned trials have no final row (one that died for good has had its attempts)."""
     rows = recover.rows_of(store, plan.sweep_id)
-    return (
-        len(rows) < plan.samples
-        if plan.is_adaptive and plan.samples
-        else any(trial.trial_id not in rows for trial in plan.trials)
-    )
+    if plan.is_adaptive:
+        return len(rows) < plan.count
+    return any(trial.trial_id not in rows for trial in plan.trials)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,12 +261,21 @@ def _work(
         entries = {trial.trial_id: {**common, "trial": _entry(trial, run.resources)} for trial in plan.trials}
         return _Work(searcher=LaneSearch(entries, waiting, MOST_SHAPES), samples=len(waiting)) if waiting else None
     unfinished = {c["trial_id"]: TrialConfig.parse(c["config"]) for c in journal.claims() if c["trial_id"] not in final}
-    count = (plan.samples or 0) - len(final)
+    count = plan.count - len(final)
     if count <= 0:
         return None
-    study = study_of(plan, [row for row in known if row.trial_id in final])
+    ended = sorted((row for row in known if row.trial_id in final), key=lambda row: row.started_at)
+    study = study_of(plan, ended)
     study.threads = None if run.resources.gpus else int(run.resources.cpus)
-    return _Work(searcher=StudySearch(study, common, unfinished.values(), count), samples=count)
+    searcher = StudySearch(
+        study,
+        common,
+        samples=plan.samples or 0,
+        seeds=plan.seeds,
+        ended=[TrialConfig.parse(json.loads(row.config_json)) for row in ended],
+        unfinished=unfinished.values(),
+    )
+    return _Work(searcher=searcher, samples=count)
 
 
 def preflight(trials: Sequence[TrialConfig]) -> None:

@@ -124,8 +124,6 @@ def test_rules_that_cannot_be_are_named(tiny: dict[str, Any], more: dict[str, An
 
 
 ADAPTIVE = [
-    ({}, {"top_k": Grid((1, 2))}, {"seeds": 3}, "--seeds: expected 1 with search tpe, .* got 3"),
-    ({"seeds": 2}, {"top_k": Grid((1, 2))}, {}, "--seeds: expected 1 with search tpe, .* got 2"),
     ({}, {}, {}, "search: expected a space with domains for tpe, got fixed values only"),
     ({}, {"top_k": Choice((1, 1, 1, 99))}, {}, "top_k: expected at most 4, the number of experts, got 99"),
     ({}, {"top_k": IntRange(1, 9)}, {}, "top_k: expected at most 4, the number of experts"),
@@ -150,6 +148,7 @@ def test_cost_aware_takes_two_objectives(tiny: dict[str, Any]) -> None:
 
 def test_seeds_of_one_are_no_replicates(tiny: dict[str, Any]) -> None:
     assert plan_sweep(space(tiny, {"top_k": Grid((1, 2))}, seeds=2), search="tpe", seeds=1).seeds == 1
+    assert plan_sweep(space(tiny, {"top_k": Grid((1, 2))}, seeds=2), search="tpe", samples=6).count == 12
 
 
 def test_every_value_of_a_random_search_is_checked_where_it_applies(tiny: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ def test_a_session_remembers_the_earlier_ones(tiny: dict[str, Any]) -> None:
 def test_the_searcher_runs_what_is_unfinished_first(tiny: dict[str, Any]) -> None:
     plan = plan_sweep(space_of(tiny), search="nsga2", samples=3)
     unfinished = TrialConfig.parse(tiny)
-    searcher = StudySearch(study_of(plan, []), {"out": "x"}, [unfinished], 2)
+    searcher = StudySearch(study_of(plan, []), {"out": "x"}, samples=2, unfinished=[unfinished])
     first = searcher.suggest("ray-1")
     assert first["trial"]["trial_id"] == unfinished.trial_id
     assert first["out"] == "x"
@@ -130,6 +130,75 @@ def test_the_searcher_runs_what_is_unfinished_first(tiny: dict[str, Any]) -> Non
     assert searcher.suggest("ray-3") == "FINISHED"
     searcher.on_trial_complete("ray-2", {"epoch": 1, "loss": 3.0})  # the scheduler's word: no row of its own yet
     assert [trial.state for trial in searcher.study.study.trials] == [STATES.COMPLETE, STATES.PRUNED]
+
+
+def suggested(searcher: StudySearch, count: int) -> list[TrialConfig]:
+    """The next trials, each told as complete."""
+    found = []
+    for number in range(count):
+        entry = searcher.suggest(f"ray-{len(searcher._names)}-{number}")
+        config = TrialConfig.parse({k: v for k, v in entry["trial"].items() if k != "trial_id"})
+        text = json.dumps(dataclasses.asdict(row_of(config)), default=str)
+        searcher.on_trial_complete(list(searcher._names)[-1], {"trial_row": text})
+        found.append(config)
+    return found
+
+
+@pytest.mark.parametrize("search", ["tpe", "nsga2", "gp", "cost-aware"])
+def test_replicates_come_after_all_first_seeds(tiny: dict[str, Any], search: str) -> None:
+    """As in a grid, so that those of one experiment do not run back to back; all are told, none is told twice."""
+    plan = plan_sweep(space_of(tiny), search=search, samples=4, seeds=3)
+    assert plan.count == 12
+    searcher = StudySearch(study_of(plan, []), {}, samples=4, seeds=3)
+    trials = suggested(searcher, 12)
+    assert searcher.suggest("ray-end") == "FINISHED"
+    first = [config.fingerprint for config in trials[:4]]
+    assert len(set(first)) == 4
+    assert [config.fingerprint for config in trials] == first * 3
+    assert [config.seed for config in trials] == [tiny.get("seed", 0) + n for n in range(3) for _ in range(4)]
+    told = searcher.study.known if isinstance(searcher.study, Study) else searcher.study.outcomes
+    assert set(told) == {config.trial_id for config in trials}
+
+
+def test_a_later_session_adds_the_replicates_that_are_missing(tiny: dict[str, Any]) -> None:
+    plan = plan_sweep(space_of(tiny), search="tpe", samples=4, seeds=2)
+    trials = suggested(StudySearch(study_of(plan, []), {}, samples=4, seeds=2), 8)
+    unfinished, ended = trials[5], [*trials[:5], trials[6]]
+    searcher = StudySearch(
+        study_of(plan, [row_of(config) for config in ended]),
+        {},
+        samples=4,
+        seeds=2,
+        ended=ended,
+        unfinished=[unfinished],
+    )
+    assert [config.trial_id for config in suggested(searcher, 2)] == [unfinished.trial_id, trials[7].trial_id]
+    remembered = study_of(plan, [row_of(config) for config in trials])
+    more = StudySearch(remembered, {}, samples=5, seeds=2, ended=trials)
+    new, again = suggested(more, 2)
+    assert new.fingerprint == again.fingerprint
+    assert new.fingerprint not in {config.fingerprint for config in trials}
+
+
+def test_a_small_space_gets_its_replicates_too(tiny: dict[str, Any]) -> None:
+    """Two points, five experiments asked for: both points get at least two seeds, and no trial comes twice."""
+    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
+    for search in ("tpe", "cost-aware"):
+        plan = plan_sweep(space, search=search, samples=5, seeds=2)
+        trials = suggested(StudySearch(study_of(plan, []), {}, samples=5, seeds=2), 10)
+        assert len({config.trial_id for config in trials}) == 10
+        assert {config.top_k for config in trials[:2]} == {1, 2}
+        assert sorted(config.top_k for config in trials[:4]) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("search", ["tpe", "cost-aware"])
+def test_what_runs_already_is_not_asked_for(tiny: dict[str, Any], search: str) -> None:
+    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
+    plan = plan_sweep(space, search=search, samples=4)
+    unfinished = TrialConfig.parse({**tiny, "top_k": 1})
+    searcher = StudySearch(study_of(plan, []), {}, samples=4, unfinished=[unfinished])
+    running = [searcher.suggest(f"ray-{n}")["trial"]["trial_id"] for n in range(4)]
+    assert len(set(running)) == 4
 
 
 def test_nothing_to_search_is_named(tiny: dict[str, Any]) -> None:
