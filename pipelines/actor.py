@@ -104,8 +104,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
     def _watch(self, config: dict[str, Any], journal: Journal) -> None:
         if self.monitor is None:
             self.monitor = trial_monitor(cpu_parallel=config["parallel"], device=config["trial"].get("device", "auto"))
-            path = journal.beat_path(self._beats)
-            self.keeper = keeper_of(self.monitor, path, config.get("session", ""))
+            place = journal.beats.place(self._beats)
+            self.keeper = keeper_of(self.monitor, place, config.get("session", ""))
 
     @property
     def _beats(self) -> str:

@@ -19,6 +19,8 @@ from pipelines.plan import SweepPlan
 from pipelines.records import TrialRecord
 
 _LOOK_EVERY_S = 1.0
+#: At most this share of the time goes into looking: through an object store with a thousand actors it takes long.
+_LOOK_SHARE = 0.1
 #: A hypervolume that grew by less than this share did not grow.
 _GROWTH = 1e-3
 
@@ -74,7 +76,7 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         self._axes = [Objective.parse(text) for text in plan.objectives]
         self._ends_of = ends_of
         self._trials: list[np.ndarray] = []
-        self._looked_s = -math.inf
+        self._look_s = -math.inf
         for row in sorted(rows, key=lambda row: row.started_at):
             self.saw(row)
 
@@ -98,9 +100,10 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         now = time.monotonic()
         if not self.holds():
             self.reason = "another driver took the sweep over"
-        elif not self.ended and now - self._looked_s >= _LOOK_EVERY_S:
-            self._looked_s = now
+        elif not self.ended and now >= self._look_s:
             self.reason = self._judge(now)
+            took_s = time.monotonic() - now
+            self._look_s = now + max(_LOOK_EVERY_S, took_s / _LOOK_SHARE)
         return self.ended
 
     @property
@@ -115,7 +118,9 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         if plan.stall is not None and stalls(self._trials, plan.stall):
             return f"stop_when_hypervolume_stalls: the last {plan.stall} trials added nothing to the front"
         if plan.max_joules is not None:
-            spent_j = self.read_j()
+            spent_j = None
+            with contextlib.suppress(OSError):  # a store that is busy: the next time
+                spent_j = self.read_j()
             if spent_j is None:
                 return None
             reserve_j = self.reserve_j()

@@ -7,6 +7,8 @@ of two counter readings, and `joules_of` finds them.
 
     {"t": monotonic seconds, "j": joules or null, "last": the actor is gone}            the keeper
     {"t": ..., "attempt": "trial-0", "edge": "begin|end|open|close", "phase": "train"}  the actor
+
+Where these files are kept, on a disk or an object store: `beats`.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pipelines.shipping import Place, Shipper
+
 PERIOD_S = 0.5
 IDLE = "idle"
 #: How long lines that a full disk did not take outlive their actor.
 _LINGER_S = 600.0
 #: How late a keeper may be on a busy machine before it is taken for dead.
-_LAST_COMES_S = 3.0
+LAST_COMES_S = 3.0
+#: How a keeper is told where its file is sent to: out of sight of `ps`, since an address can hold a key.
+_SENT_TO = "JOULEMOE_HEARTBEATS_SENT_TO"
 
 
 class _Lines:
@@ -57,22 +63,22 @@ class Keeper:
     """An actor's side: starts the process, tells it nothing more than that the actor lives (an open pipe).
 
     Args:
-        path: the file, which both append to.
+        place: the file, which both append to, and the object store that it is sent to, if any.
         spec: what the process reads (`spec_of`).
         read: the same counter as this process reads it, for exact edges; None where it counts from another zero.
     """
 
     def __init__(
         self,
-        path: str,
+        place: Place,
         spec: str,
         *,
         read: Callable[[], float] | None = None,
         session: str = "",
         period_s: float = PERIOD_S,
     ) -> None:
-        self.path, self._read = path, read
-        self._lines = _Lines(path)
+        path, self._read = place.path, read
+        self._path, self._lines = path, _Lines(path)
         self._lines.add({"t": time.monotonic(), "spec": spec, "session": session})
         words = [sys.executable, "-m", "pipelines.heartbeat", path, str(os.getpid()), spec, str(period_s), "detach"]
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -83,7 +89,9 @@ class Keeper:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(paths)}
+            | ({} if place.out is None else {_SENT_TO: json.dumps([place.out, place.key])}),
         )
 
     def edge(self, attempt: str, edge: str, phase: str | None = None) -> None:
@@ -102,26 +110,35 @@ class Keeper:
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write(left)
         self._process.wait()
-        if not left:
-            await_last([self.path])
+        deadline = time.monotonic() + LAST_COMES_S
+        while not left and time.monotonic() < deadline and not self._has_last():
+            time.sleep(PERIOD_S / 10)
         self._lines.close()
 
+    def _has_last(self) -> bool:
+        """Whether the last line is there, or has been sent on already and the file is gone."""
+        try:
+            with open(self._path, "rb") as file:
+                return any(line.get("last") for line in parse(file.read()))
+        except OSError:
+            return True
 
-def keeper_of(monitor: Any, path: str | None, session: str) -> Keeper | None:
-    """A keeper for a monitor's devices (`hwcost.EnergyMonitor`); None where nothing is counted or nowhere to write.
+
+def keeper_of(monitor: Any, place: Place, session: str) -> Keeper | None:
+    """A keeper for a monitor's devices (`hwcost.EnergyMonitor`); None where nothing is counted.
 
     `session` tells one driver's time from the next one's: what a board draws between two sessions is nobody's.
     """
-    if path is None or not monitor.devices:
+    if not monitor.devices:
         return None
     if monitor.source in ("counter", "integrated"):
         readers = [sampler.reader for sampler in monitor.samplers]
         uuids = ",".join(device.uuid for device in monitor.devices)
-        return Keeper(path, f"gpu:{uuids}", read=lambda: sum(reader.energy_j() for reader in readers), session=session)
+        return Keeper(place, f"gpu:{uuids}", read=lambda: sum(reader.energy_j() for reader in readers), session=session)
     if monitor.source == "rapl":
-        return Keeper(path, "rapl", session=session)
+        return Keeper(place, "rapl", session=session)
     watts = float(monitor.samplers[0].reader.watts_per_core)
-    return Keeper(path, f"cpu:{watts}", read=reader_of(f"cpu:{watts}", os.getpid()), session=session)
+    return Keeper(place, f"cpu:{watts}", read=reader_of(f"cpu:{watts}", os.getpid()), session=session)
 
 
 def reader_of(spec: str, pid: int) -> Callable[[], float]:
@@ -148,10 +165,11 @@ def _cpu_ticks(pid: int) -> int:
     return sum(int(value) for value in fields[11:15])
 
 
-def keep(path: str, pid: int, spec: str, period_s: float) -> None:
-    """The keeper's life: a line per period until the actor is gone, and longer while the disk does not take them."""
+def keep(place: Place, pid: int, spec: str, period_s: float) -> None:
+    """The keeper's life: a line per period until the actor is gone, and longer while nobody takes them."""
+    lines, gone, last = _Lines(place.path), False, None
+    shipper = None if place.out is None else Shipper(place, retry_s=period_s)
     read = reader_of(spec, pid)
-    lines, gone, last = _Lines(path), False, None
     while not gone:
         gone = bool(select.select([sys.stdin], [], [], period_s)[0]) or not os.path.exists(f"/proc/{pid}")
         before_s = time.monotonic()
@@ -160,13 +178,17 @@ def keep(path: str, pid: int, spec: str, period_s: float) -> None:
         except Exception:  # a dead process has no CPU time any more, and a lost board no counter
             last = last if gone else None
         lines.add({"t": (before_s + time.monotonic()) / 2, "j": last, **({"last": True} if gone else {})})
+        if shipper is not None:
+            shipper.wake()
     while select.select([sys.stdin], [], [], 0)[0] and (data := os.read(sys.stdin.fileno(), 1 << 16)):
         lines.append(data)
     for _ in range(round(_LINGER_S / period_s)):
         if not lines.left:
-            return
+            break
         time.sleep(period_s)
         lines.append(b"")
+    if shipper is not None:
+        shipper.end(_LINGER_S)
 
 
 # -- reading ------------------------------------------------------------------------------------------------
@@ -189,37 +211,13 @@ class Spent:
     flags: tuple[str, ...]
 
 
-def read_lines(path: str) -> list[dict[str, Any]]:
-    """The lines of a heartbeat file; a torn last line is left out."""
+def parse(data: bytes) -> list[dict[str, Any]]:
+    """The lines of a heartbeat file by time; a torn last line is left out."""
     found = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    found.append(json.loads(line))
-                except ValueError:
-                    continue
-    except OSError:
-        return []
+    for line in data.decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
     return sorted(found, key=lambda line: line["t"])
-
-
-def await_last(paths: Sequence[str]) -> None:
-    """Wait until the keepers of dead actors have written their last lines. Those that write nothing any more are dead
-    too.
-    """
-    deadline = time.monotonic() + _LAST_COMES_S
-    while time.monotonic() < deadline and any(_may_come(path) for path in paths):
-        time.sleep(PERIOD_S / 10)
-
-
-def _may_come(path: str) -> bool:
-    """Whether a last line is missing, and the file young enough to get it."""
-    try:
-        age_s = time.time() - os.path.getmtime(path)
-    except OSError:
-        return False
-    return age_s < _LAST_COMES_S and not any(line.get("last") for line in read_lines(path))
 
 
 def joules_of(lines: Sequence[Mapping[str, Any]], attempt: str, *, alive: bool = False) -> Spent | None:
@@ -247,44 +245,6 @@ def joules_of(lines: Sequence[Mapping[str, Any]], attempt: str, *, alive: bool =
         total_j += missing_s * _last_watts(counter)
         flags.append("heartbeat_estimated")
     return Spent(total_j=total_j, phases_j=phases, duration_s=duration_s, missing_s=missing_s, flags=tuple(flags))
-
-
-class Meter:
-    """Joules of a whole sweep so far, idle time between trials and lost work included: reads on where it stopped."""
-
-    def __init__(self, folder: str | None) -> None:
-        self.folder = folder
-        self._at: dict[str, int] = {}
-        self._key: dict[str, tuple[str, ...]] = {}
-        self._range: dict[tuple[str, ...], tuple[float, float]] = {}
-
-    def read_j(self) -> float | None:
-        """Joules of all actors; None where none was counted."""
-        if self.folder is not None and os.path.isdir(self.folder):
-            for entry in os.scandir(self.folder):
-                if entry.name.endswith(".jsonl"):
-                    self._follow(entry.path)
-        return sum(last - first for first, last in self._range.values()) if self._range else None
-
-    def _follow(self, path: str) -> None:
-        with open(path, "rb") as file:
-            file.seek(self._at.get(path, 0))
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._at[path] = self._at.get(path, 0) + len(whole)
-        for text in whole.splitlines():
-            with contextlib.suppress(ValueError):
-                self._take(path, json.loads(text))
-
-    def _take(self, path: str, line: Mapping[str, Any]) -> None:
-        if "spec" in line:  # a board's counter goes on from actor to actor, a process's does not
-            one_board = str(line["spec"]).startswith("gpu:")
-            self._key[path] = (line["session"], line["spec"]) if one_board else (path,)
-        joules = line.get("j")
-        if joules is not None:
-            key = self._key.get(path, (path,))
-            first, last = self._range.get(key, (joules, joules))
-            self._range[key] = min(first, joules), max(last, joules)
 
 
 def _phases(
@@ -327,4 +287,5 @@ def _last_watts(counter: Sequence[tuple[float, float]]) -> float:
 if __name__ == "__main__":
     # Ray's workers kill their children when they are ended: a keeper is nobody's child.
     if sys.argv[5:] != ["detach"] or os.fork() == 0:
-        keep(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
+        out, key = json.loads(os.environ.get(_SENT_TO, '[null, ""]'))
+        keep(Place(sys.argv[1], out, key), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))

@@ -3,7 +3,7 @@
 OUT/sweeps/<sweep_id>/plan.json              what was asked for
 OUT/sweeps/<sweep_id>/attempts/<trial>-<n>.json   one claim per attempt: configuration, process, joules before it
 OUT/sweeps/<sweep_id>/points/<trial>-<n>.json     points that an anytime attempt has reached so far
-OUT/sweeps/<sweep_id>/beats/<host>-<pid>.jsonl    counters of the devices of one actor (see `heartbeat`)
+OUT/sweeps/<sweep_id>/beats/                      counters of the devices of each actor (see `beats`)
 OUT/sweeps/<sweep_id>/driver.lock            held by the one driver (driver.json on an object store)
 OUT/sweeps/<sweep_id>/sessions.json          how long each session ran
 OUT/checkpoints/<sweep_id>/<trial>/          see `checkpoints`
@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import pyarrow.fs as pafs
 
 from pipelines import parquet
+from pipelines.beats import Beats
 from pipelines.config import ConfigError, StorageError
 
 #: A remote lease that was not renewed for so long belongs to a driver that is gone.
@@ -47,6 +48,8 @@ class Journal:
             self.fs, root, self.local = pafs.LocalFileSystem(), os.path.abspath(out), True
         self.out = root
         self.root = f"{root}/sweeps/{sweep_id}"
+        remote = {} if self.local else {"out": out, "key": f"sweeps/{sweep_id}/beats"}
+        self.beats = Beats(self.fs, f"{self.root}/beats", **remote)
         self._lease: dict[str, Any] | None = None
         self._renewed_s, self._lost = 0.0, threading.Event()
         self.checkpoints = f"{root}/checkpoints/{sweep_id}"
@@ -124,13 +127,6 @@ class Journal:
     def claims_of(self, trial_id: str) -> list[dict[str, Any]]:
         """The claims of one trial, in order."""
         return [self.get(f"attempts/{trial_id}-{n}.json") for n in range(self.attempts(trial_id))]
-
-    def beat_path(self, name: str) -> str | None:
-        """File for the heartbeats of an actor; None where storage cannot be appended to."""
-        if not self.local:
-            return None
-        os.makedirs(f"{self.root}/beats", exist_ok=True)
-        return f"{self.root}/beats/{name}.jsonl"
 
     # -- one driver -------------------------------------------------------------------------------------
 

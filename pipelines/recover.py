@@ -78,7 +78,7 @@ def write_missing(
     claims = journal.claims() if trial_id is None else journal.claims_of(trial_id)
     missing = [claim for claim in claims if (claim["trial_id"], claim["attempt"]) not in have]
     if not alive:
-        heartbeat.await_last([path for claim in missing if (path := _beats(journal, claim))])
+        journal.beats.await_last([claim["beats"] for claim in missing if claim["beats"]])
     written = []
     for claim in missing:
         row = row_of(store, journal, claim, ended_by=ended_by, alive=alive)
@@ -95,15 +95,10 @@ def _reached(journal: Journal, claim: Mapping[str, Any]) -> dict[str, Any]:
     return journal.get(points_document(f"{claim['trial_id']}-{claim['attempt']}")) or {}
 
 
-def _beats(journal: Journal, claim: Mapping[str, Any]) -> str | None:
-    return journal.beat_path(claim["beats"]) if claim["beats"] else None
-
-
 def row_of(store: Store, journal: Journal, claim: Mapping[str, Any], *, ended_by: str, alive: bool) -> TrialRecord:
     """The row of an attempt from what it left: its claim, its epochs, its points, its heartbeats."""
     trial_id, attempt = claim["trial_id"], claim["attempt"]
-    path = _beats(journal, claim)
-    lines = heartbeat.read_lines(path) if path else []
+    lines = journal.beats.lines(claim["beats"]) if claim["beats"] else []
     spent = heartbeat.joules_of(lines, f"{trial_id}-{attempt}", alive=alive)
     failed = ended_by in ("died", "timeout")
     return TrialRecord(

@@ -19,6 +19,7 @@ from ray import tune
 from hwcost.cpu import watts_per_core
 from pipelines import anchors, recover
 from pipelines.actor import TrialActor, quiet_libraries
+from pipelines.beats import Meter
 from pipelines.budget import Budget, ends_at_sigint
 from pipelines.checkpoints import prune_finals
 from pipelines.config import ConfigError, StorageError, TrialConfig
@@ -26,7 +27,6 @@ from pipelines.data import load_corpus
 from pipelines.epoch_ends import Ends, front_table
 from pipelines.estimate import code_of
 from pipelines.follow import STOP_S, SweepCallback
-from pipelines.heartbeat import Meter
 from pipelines.journal import Journal
 from pipelines.lanes import LaneSearch, cards
 from pipelines.model import Hardware, dense_model
@@ -96,7 +96,6 @@ def run_sweep(
     """
     out = os.fspath(out) if "://" in os.fspath(out) else os.path.abspath(out)
     journal = Journal(out, plan.sweep_id)
-    check_budget(plan, journal)
     ended = None
     with contextlib.ExitStack() as stack:
         begun = journal.has("plan.json")
@@ -154,7 +153,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         recover.write_missing(store, journal, ended_by="died")
     known = recover.rows_of(store, plan.sweep_id)
     final = {trial_id for trial_id, row in known.items() if recover.is_final(row)}
-    meter, session = Meter(f"{journal.root}/beats" if journal.local else None), uuid.uuid4().hex
+    meter, session = Meter(journal.beats), uuid.uuid4().hex
     reserve = anchors.Reserve(store, plan.sweep_id, session)
     how: dict[str, Any] = {"before_s": journal.seconds(), "reserve_j": reserve.read_j, "holds": journal.holds}
     if plan.stall is not None:
@@ -323,14 +322,6 @@ def check_storage(out: str, tracking_uri: str | None) -> None:
     remote = "://" in out and not out.startswith("file://")
     if remote and not (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         raise ConfigError(f"tracking-uri: expected the address of an MLflow server where OUT is {out}, got none")
-
-
-def check_budget(plan: SweepPlan, journal: Journal) -> None:
-    """Raises ConfigError where joules cannot be counted: heartbeats need a file that can be appended to."""
-    if plan.max_joules is not None and not journal.local:
-        raise ConfigError(
-            "max_joules: expected OUT on a file system, got an object store, where joules are not counted"
-        )
 
 
 def check_writable(out: str) -> None:

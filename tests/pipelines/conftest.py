@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from tests.pipelines.object_store import ObjectStore, object_store
 
 pytest.register_assert_rewrite("tests.pipelines.fault_tools")
 
@@ -42,3 +45,10 @@ def tiny() -> dict[str, Any]:
 def tiny_values() -> dict[str, Any]:
     """The same, for fixtures that live longer than a test."""
     return dict(TINY)
+
+
+@pytest.fixture(scope="module")
+def objects() -> Iterator[ObjectStore]:
+    """An S3 server with an empty bucket."""
+    with object_store() as store:
+        yield store

@@ -35,6 +35,7 @@ def _run(request: dict[str, Any]) -> int:
     if pid:
         return pid
     os.setsid()
+    os.chdir(os.path.dirname(request["log"]))  # where the report of a sweep on an object store goes
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

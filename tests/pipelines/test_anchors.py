@@ -18,9 +18,9 @@ import yaml
 
 from hwcost.anchor import AnchorReading
 from pipelines import anchors, boards, recover
+from pipelines.beats import Meter
 from pipelines.budget import Budget
 from pipelines.compare import compare
-from pipelines.heartbeat import Meter
 from pipelines.journal import Journal
 from pipelines.pareto import pareto_front
 from pipelines.plan import SweepPlan, plan_sweep
@@ -216,6 +216,6 @@ def test_a_sweep_on_two_boards_measures_each_at_both_ends(tiny: dict[str, Any], 
     starts = {row["gpu_uuid"]: row["j_per_token"] for row in rows if row["position"] == "start"}
     for record in trials:
         assert record.anchor_j_per_token == starts[record.gpu_uuid]
-    drawn_j = Meter(f"{Journal(str(out), SWEEP).root}/beats").read_j()
+    drawn_j = Meter(Journal(str(out), SWEEP).beats).read_j()
     trials_j = sum(record.total_energy_j for record in trials)
     assert drawn_j > trials_j + sum(row["energy_j"] for row in rows)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pipelines.beats import Meter
 from pipelines.cli import app
 from pipelines.journal import process_start
 from pipelines.plan import plan_sweep
@@ -32,6 +33,7 @@ from tests.pipelines.fault_tools import (
     keeper_of,
     small_disk,
 )
+from tests.pipelines.object_store import ObjectStore
 from tune_spaces import load_space
 
 pytestmark = pytest.mark.slow
@@ -173,6 +175,37 @@ def test_nodes_lost_and_a_server_that_is_down_for_good(
     done = CliRunner().invoke(app, ["mirror", str(sweep.out), "--tracking-uri", server.uri])
     assert done.exit_code == 0, done.output
     check_exactly_once(sweep, server.uri)
+
+
+def test_a_worker_and_a_node_lost_where_results_are_on_an_object_store(
+    fleet: Fleet, tiny: dict[str, Any], place: Path, server: Server, objects: ObjectStore
+) -> None:
+    """Their joules are booked there too, and count against a budget."""
+    sweep = Sweep(fleet, place, trial_of(tiny, [1e-3 * n for n in range(1, 5)]))
+    sweep.out = objects.uri("faults")
+    died, stands, *_ = names_of(sweep)
+    faults = [
+        ("died", "train.step", "SIGKILL", f"{died}&.step12"),
+        ("stands", "train.step", "SIGSTOP", f"{stands}&.step12"),
+    ]
+    driver = sweep.begin(*faults, parallel=2, tracking_uri=server.uri)
+    sweep.hit("died")
+    worker = sweep.hit("stands")
+    fleet.add_node()
+    lose_node(sweep, [worker])
+    assert sweep.end(driver) == 0
+    rows = sweep.store.read(TrialRecord, sweep.name).to_pylist()
+    assert sum(row["ended_by"] == "died" for row in rows) >= 2
+    assert None not in {row["total_energy_j"] for row in rows}
+    check_exactly_once(sweep, server.uri)
+    check_ledger(sweep)
+
+    spent_j = Meter(sweep.journal.beats).read_j()
+    assert spent_j is not None
+    more = ("--resume", sweep.name, "--seeds", "2", "--max-joules", f"{spent_j + 1:.0f}")
+    assert sweep.end(sweep.drive(str(sweep.space), *more, parallel=1, tracking_uri=server.uri)) == 0
+    assert "max_joules: " in sweep.log.read_text()
+    assert sum(row.seed == 1 and row.state == "COMPLETED" for row in sweep.last_rows().values()) < 4
 
 
 def check_rungs(before: Rungs, after: Rungs) -> None:

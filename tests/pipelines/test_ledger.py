@@ -15,11 +15,13 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 import torch
 
 from hwcost import DeviceInfo, EnergyMonitor
 from pipelines import heartbeat, ledger, recover
+from pipelines.beats import Beats, Meter
 from pipelines.budget import Budget
 from pipelines.config import ConfigError, StorageError, TrialConfig
 from pipelines.data import load_corpus
@@ -58,6 +60,10 @@ def lines_of(end: bool, last: bool) -> list[dict[str, Any]]:
     return sorted([*counter, *edges], key=lambda line: line["t"])
 
 
+def lines_in(path: Path) -> list[dict[str, Any]]:
+    return heartbeat.parse(path.read_bytes()) if path.exists() else []
+
+
 def test_heartbeats_tell_the_joules_of_an_attempt() -> None:
     spent = heartbeat.joules_of(lines_of(end=True, last=True), "a-0")
     assert spent is not None
@@ -79,10 +85,10 @@ def test_a_board_counts_between_actors_and_a_process_does_not(tmp_path: Path) ->
         for kind in ("gpu:x", "cpu:6"):
             rows = [{"t": 0, "spec": kind, "session": "s"}, {"t": 1, "j": first}, {"t": 2, "j": last}]
             (tmp_path / f"{kind[:3]}{number}.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"torn')
-    meter = heartbeat.Meter(str(tmp_path))
+    meter = Meter(Beats(pafs.LocalFileSystem(), str(tmp_path)))
     assert meter.read_j() == 200.0 + 100.0 + 50.0
     assert meter.read_j() == 350.0
-    assert heartbeat.Meter(None).read_j() is None
+    assert Meter(Beats(pafs.LocalFileSystem(), str(tmp_path / "none"))).read_j() is None
 
 
 def test_the_keeper_outlives_a_killed_process(tmp_path: Path) -> None:
@@ -90,7 +96,8 @@ def test_the_keeper_outlives_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "beats.jsonl"
     code = (
         "import os, sys, time; from pipelines.heartbeat import Keeper, reader_of\n"
-        "k = Keeper(sys.argv[1], 'cpu:6.0', read=reader_of('cpu:6.0', os.getpid()), period_s=0.1)\n"
+        "from pipelines.shipping import Place\n"
+        "k = Keeper(Place(sys.argv[1]), 'cpu:6.0', read=reader_of('cpu:6.0', os.getpid()), period_s=0.1)\n"
         "k.edge('a-0', 'begin'); print('on', flush=True)\n"
         "while True: sum(range(10000))"
     )
@@ -98,15 +105,15 @@ def test_the_keeper_outlives_a_killed_process(tmp_path: Path) -> None:
     process = subprocess.Popen(words, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert process.stdout is not None
     process.stdout.readline()
-    while sum("j" in line for line in heartbeat.read_lines(str(path))) < 4:
+    while sum("j" in line for line in lines_in(path)) < 4:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
-    while not any(line.get("last") for line in heartbeat.read_lines(str(path))):
+    while not any(line.get("last") for line in lines_in(path)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    spent = heartbeat.joules_of(heartbeat.read_lines(str(path)), "a-0")
+    spent = heartbeat.joules_of(lines_in(path), "a-0")
     assert spent is not None
     assert spent.total_j is not None
     assert spent.total_j > 0
@@ -119,7 +126,7 @@ def test_a_full_disk_takes_the_heartbeats_later(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pipelines.heartbeat", str(path), str(os.getpid()), "cpu:6.0", "0.05"]
     keeper = subprocess.Popen(words, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert keeper.stdin is not None
-    while len(heartbeat.read_lines(str(path))) < 2:
+    while len(lines_in(path)) < 2:
         time.sleep(0.02)
     resource.prlimit(keeper.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     size = path.stat().st_size
@@ -130,7 +137,7 @@ def test_a_full_disk_takes_the_heartbeats_later(tmp_path: Path) -> None:
     assert path.stat().st_size == size
     resource.prlimit(keeper.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert keeper.wait(timeout=60) == 0
-    *_, last, handed = heartbeat.read_lines(str(path))
+    *_, last, handed = lines_in(path)
     assert last["last"]
     assert handed["edge"] == "end"
 
@@ -339,8 +346,7 @@ def test_an_attempt_that_died_gets_its_row(tiny: dict[str, Any], tmp_path: Path)
     journal, store = Journal(str(tmp_path), "s"), Store(tmp_path)
     claim = recover.empty_claim(config) | {"beats": "b", "spent_j": 100.0, "source": "counter"}
     assert journal.claim(config.trial_id, claim) == 0
-    path = journal.beat_path("b")
-    assert path is not None
+    path = journal.beats.place("b").path
     rows = [
         {**line, "attempt": f"{config.trial_id}-0"} if "attempt" in line else line for line in lines_of(False, True)
     ]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import pytest
 import yaml
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 from pipelines import parquet
 from pipelines.config import ConfigError
@@ -27,72 +22,7 @@ from pipelines.pareto import pareto_front
 from pipelines.records import EpochRecord, Store, TrialRecord
 from pipelines.sweep import check_storage
 from tests.pipelines import synthetic
-
-BUCKET = "joules"
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-
-
-class QuietHandler(WSGIRequestHandler):
-    """No line per request."""
-
-    def log(self, type: str, message: str, *args: Any) -> None:
-        """Nothing."""
-
-
-@dataclasses.dataclass
-class ObjectStore:
-    """Moto's S3 behind a counter that can refuse requests, as a busy store does."""
-
-    app: Any
-    port: int = 0
-    puts: Counter[str] = dataclasses.field(default_factory=Counter)
-    refused: Counter[str] = dataclasses.field(default_factory=Counter)
-    multipart: int = 0
-    refuse: str | None = None  # refuse the first PUT of every object whose key contains this
-
-    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        """A request."""
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        self.multipart += "upload" in environ["QUERY_STRING"]
-        if method == "PUT" and path.count("/") > 1:
-            if self.refuse is not None and self.refuse in path and not self.refused[path]:
-                self.refused[path] += 1
-                start("503 Slow Down", [("Content-Length", "0"), ("Connection", "close")])
-                return [b""]
-            self.puts[path] += 1
-        return self.app(environ, start)
-
-    def uri(self, folder: str) -> str:
-        """OUT on this store."""
-        return f"s3://{BUCKET}/{folder}?scheme=http&endpoint_override=127.0.0.1:{self.port}&region=us-east-1"
-
-
-@pytest.fixture(scope="module")
-def objects() -> Iterator[ObjectStore]:
-    """An S3 server with an empty bucket."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-
-    before = {key: os.environ.get(key) for key in KEYS}
-    os.environ.update(KEYS)
-    store = ObjectStore(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=QuietHandler)
-    store.port = server.server_port
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    uri = store.uri("x") + "&allow_bucket_creation=true"
-    pafs.FileSystem.from_uri(uri)[0].create_dir(BUCKET)
-    try:
-        yield store
-    finally:
-        server.shutdown()
-        thread.join()
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+from tests.pipelines.object_store import ObjectStore
 
 
 def free_port() -> int:
@@ -224,12 +154,23 @@ def test_a_whole_sweep_on_s3(tiny: dict[str, Any], tmp_path: Path, objects: Obje
     )
     objects.refuse = None
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"MLflow: {mlflow_server}\n" in done.stdout
+    assert f"{mlflow_server}/#/compare-runs?runs=" in done.stdout
     store = Store(out)
     (sweep_id,) = store.sweep_ids()
     assert store.read(TrialRecord)["state"].to_pylist() == ["COMPLETED", "COMPLETED"]
     assert set(store.read(EpochRecord)["epoch"].to_pylist()) == {0, 1}
     assert set(objects.refused) == set(objects.puts)  # every object was refused once and sent again
-    for name in ("/plan.json", "/driver.json", "/attempts/", "/epochs/", "/points/", "/checkpoints/", "/trials/"):
+    for name in (
+        "/plan.json",
+        "/driver.json",
+        "/attempts/",
+        "/epochs/",
+        "/points/",
+        "/checkpoints/",
+        "/trials/",
+        "/beats/",
+    ):
         assert any(name in path for path in objects.refused), name
     tables = {path: count for path, count in objects.puts.items() if path.endswith(".parquet") and "epochs" not in path}
     assert set(tables.values()) == {1}, tables

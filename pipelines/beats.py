@@ -1,0 +1,130 @@
+"""Where the heartbeats of a sweep are kept (`heartbeat` says what is in them): beside its other results.
+
+    OUT/sweeps/<sweep_id>/beats/<name>.jsonl          on a disk: a file per actor, appended to
+    OUT/sweeps/<sweep_id>/beats/<name>.<part>.jsonl   on an object store: the same file in parts
+
+An object store cannot append. There the file lies on the actor's own node, and its keeper sends on what was appended:
+the last part is put again, whole, at every heartbeat, until it is full and the next one begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from pipelines import heartbeat
+from pipelines.shipping import PART_BYTES, Place
+
+#: How long after an actor's end its last line may still be on its way to an object store, on a busy machine.
+_LAST_ARRIVES_S = 2 * heartbeat.LAST_COMES_S
+_FILE = re.compile(r"(?P<name>.+?)(\.(?P<part>\d{5}))?\.jsonl")
+
+
+class Beats:
+    """The heartbeat files of one sweep.
+
+    Args:
+        fs, root: the folder in which they are kept.
+        out, key: the same place as another process opens it (`shipping.Place`); `out` is None on a disk.
+    """
+
+    def __init__(self, fs: pafs.FileSystem, root: str, *, out: str | None = None, key: str = "") -> None:
+        self.fs, self.root, self.out, self.key = fs, root, out, key
+
+    def place(self, name: str) -> Place:
+        """Where the actor of this name writes, once: on an object store every call makes a new file."""
+        if self.out is None:
+            os.makedirs(self.root, exist_ok=True)
+            return Place(f"{self.root}/{name}.jsonl")
+        handle, path = tempfile.mkstemp(prefix=f"joulemoe-{name}-", suffix=".jsonl")
+        os.close(handle)
+        return Place(path, self.out, f"{self.key}/{name}")
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each actor's lines."""
+        found: dict[str, int] = {}
+        for name, info in self._files():
+            found[name] = found.get(name, 0) + (info.size or 0)
+        return found
+
+    def read(self, name: str, start: int = 0) -> bytes:
+        """An actor's lines from a byte on; empty where there are none."""
+        if self.out is None:
+            return self._tail(f"{self.root}/{name}.jsonl", start)
+        data, part = b"", start // PART_BYTES
+        while start + len(data) >= part * PART_BYTES:  # what came before is full
+            got = self._tail(f"{self.root}/{name}.{part:05d}.jsonl", max(0, start - part * PART_BYTES))
+            if not got:
+                break
+            data, part = data + got, part + 1
+        return data
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """An actor's lines by time; a torn last line is left out."""
+        return heartbeat.parse(self.read(name))
+
+    def await_last(self, names: Sequence[str]) -> None:
+        """Wait until the keepers of dead actors have written their last lines. Those that write nothing any more are
+        dead too.
+        """
+        comes_s = heartbeat.LAST_COMES_S if self.out is None else _LAST_ARRIVES_S
+        deadline = time.monotonic() + comes_s
+        while time.monotonic() < deadline and any(self._may_come(name, comes_s) for name in names):
+            time.sleep(heartbeat.PERIOD_S / 10 if self.out is None else heartbeat.PERIOD_S)
+
+    def _may_come(self, name: str, comes_s: float) -> bool:
+        """Whether a last line is missing, and what is there young enough for it to come. In a store the first one may
+        still be on its way.
+        """
+        written = [info.mtime_ns for other, info in self._files() if other == name and info.mtime_ns]
+        young = time.time() - max(written) / 1e9 < comes_s if written else self.out is not None
+        return young and not any(line.get("last") for line in self.lines(name))
+
+    def _files(self) -> list[tuple[str, pafs.FileInfo]]:
+        found = self.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
+        return [(match["name"], info) for info in found if (match := _FILE.fullmatch(info.base_name))]
+
+    def _tail(self, path: str, start: int) -> bytes:
+        with contextlib.suppress(FileNotFoundError), self.fs.open_input_file(path) as source:
+            if source.size() > start:
+                source.seek(start)
+                return bytes(source.read())
+        return b""
+
+
+class Meter:
+    """Joules of a whole sweep so far, idle time between trials and lost work included: reads on where it stopped."""
+
+    def __init__(self, beats: Beats) -> None:
+        self.beats = beats
+        self._at: dict[str, int] = {}
+        self._key: dict[str, tuple[str, ...]] = {}
+        self._range: dict[tuple[str, ...], tuple[float, float]] = {}
+
+    def read_j(self) -> float | None:
+        """Joules of all actors; None where none was counted."""
+        for name, size in self.beats.sizes().items():
+            at = self._at.get(name, 0)
+            if size > at:
+                data = self.beats.read(name, at)
+                self._at[name] = at + data.rfind(b"\n") + 1
+                for line in heartbeat.parse(data[: data.rfind(b"\n") + 1]):
+                    self._take(name, line)
+        return sum(last - first for first, last in self._range.values()) if self._range else None
+
+    def _take(self, name: str, line: Mapping[str, Any]) -> None:
+        if "spec" in line:  # a board's counter goes on from actor to actor, a process's does not
+            one_board = str(line["spec"]).startswith("gpu:")
+            self._key[name] = (line["session"], line["spec"]) if one_board else (name,)
+        joules = line.get("j")
+        if joules is not None:
+            key = self._key.get(name, (name,))
+            first, last = self._range.get(key, (joules, joules))
+            self._range[key] = min(first, joules), max(last, joules)
