@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import gc
 import json
 import logging
@@ -104,8 +105,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
     def _watch(self, config: dict[str, Any], journal: Journal) -> None:
         if self.monitor is None:
             self.monitor = trial_monitor(cpu_parallel=config["parallel"], device=config["trial"].get("device", "auto"))
-            place = journal.beats.place(self._beats)
-            self.keeper = keeper_of(self.monitor, place, config.get("session", ""))
+            place_of = functools.partial(journal.beats.place, self._beats)
+            self.keeper = keeper_of(self.monitor, place_of, config.get("session", ""))
 
     @property
     def _beats(self) -> str:

@@ -139,7 +139,7 @@ class AnchorActor:
         journal = Journal(self.out, self.key["sweep_id"])
         with trial_monitor() as monitor:
             name = f"{platform.node()}-{os.getpid()}-anchor-{uuid.uuid4().hex[:8]}"
-            keeper = keeper_of(monitor, journal.beats.place(name), self.key["session"])
+            keeper = keeper_of(monitor, lambda: journal.beats.place(name), self.key["session"])
             try:
                 record = _take(Store(self.out), monitor, {**self.key, "attempt": attempt}, self.measure)
             finally:

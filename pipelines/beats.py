@@ -1,7 +1,7 @@
 """Where the heartbeats of a sweep are kept (`heartbeat` says what is in them): beside its other results.
 
     OUT/sweeps/<sweep_id>/beats/<name>.jsonl          on a disk: a file per actor, appended to
-    OUT/sweeps/<sweep_id>/beats/<name>.<part>.jsonl   on an object store: the same file in parts
+    OUT/sweeps/<sweep_id>/beats/<name>/<part>.jsonl   on an object store: the same file in parts
 
 An object store cannot append. There the file lies on the actor's own node, and its keeper sends on what was appended:
 the last part is put again, whole, at every heartbeat, until it is full and the next one begins.
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -24,7 +23,6 @@ from pipelines.shipping import PART_BYTES, Place
 
 #: How long after an actor's end its last line may still be on its way to an object store, on a busy machine.
 _LAST_ARRIVES_S = 2 * heartbeat.LAST_COMES_S
-_FILE = re.compile(r"(?P<name>.+?)(\.(?P<part>\d{5}))?\.jsonl")
 
 
 class Beats:
@@ -50,7 +48,9 @@ class Beats:
     def sizes(self) -> dict[str, int]:
         """Bytes of each actor's lines."""
         found: dict[str, int] = {}
-        for name, info in self._files():
+        for info in self._files(self.root, recursive=self.out is not None):
+            path = info.path.removesuffix(".jsonl") if self.out is None else os.path.dirname(info.path)
+            name = os.path.basename(path)
             found[name] = found.get(name, 0) + (info.size or 0)
         return found
 
@@ -60,7 +60,7 @@ class Beats:
             return self._tail(f"{self.root}/{name}.jsonl", start)
         data, part = b"", start // PART_BYTES
         while start + len(data) >= part * PART_BYTES:  # what came before is full
-            got = self._tail(f"{self.root}/{name}.{part:05d}.jsonl", max(0, start - part * PART_BYTES))
+            got = self._tail(f"{self.root}/{name}/{part:05d}.jsonl", max(0, start - part * PART_BYTES))
             if not got:
                 break
             data, part = data + got, part + 1
@@ -70,29 +70,61 @@ class Beats:
         """An actor's lines by time; a torn last line is left out."""
         return heartbeat.parse(self.read(name))
 
-    def await_last(self, names: Sequence[str]) -> None:
+    def await_last(self, names: Iterable[str]) -> None:
         """Wait until the keepers of dead actors have written their last lines. Those that write nothing any more are
         dead too.
         """
         comes_s = heartbeat.LAST_COMES_S if self.out is None else _LAST_ARRIVES_S
         deadline = time.monotonic() + comes_s
-        while time.monotonic() < deadline and any(self._may_come(name, comes_s) for name in names):
-            time.sleep(heartbeat.PERIOD_S / 10 if self.out is None else heartbeat.PERIOD_S)
+        for name in names:
+            while time.monotonic() < deadline and self._may_come(name, comes_s):
+                time.sleep(heartbeat.PERIOD_S / 10 if self.out is None else heartbeat.PERIOD_S / 2)
+
+    def await_next(self, name: str) -> bool:
+        """Wait until what a living actor has drawn up to now is known; whether it is. On a disk it is at once. The next
+        heartbeat that comes through an object store may tell of the time before, so two are waited for.
+        """
+        if self.out is None:
+            return True
+        deadline, start = time.monotonic() + _LAST_ARRIVES_S, self.size(name)
+        while time.monotonic() < deadline:
+            new = heartbeat.parse(self.read(name, start))
+            if sum("attempt" not in line for line in new) >= 2:
+                return True
+            time.sleep(heartbeat.PERIOD_S / 2)
+        return False
+
+    def settle(self) -> None:
+        """Wait, as a sweep ends, for what is still on its way to an object store."""
+        if self.out is not None:
+            self.await_last(self.sizes())
+
+    def size(self, name: str) -> int:
+        """Bytes of one actor's lines on an object store."""
+        return sum(info.size or 0 for info in self._files(f"{self.root}/{name}"))
 
     def _may_come(self, name: str, comes_s: float) -> bool:
         """Whether a last line is missing, and what is there young enough for it to come. In a store the first one may
         still be on its way.
         """
-        written = [info.mtime_ns for other, info in self._files() if other == name and info.mtime_ns]
-        young = time.time() - max(written) / 1e9 < comes_s if written else self.out is not None
-        return young and not any(line.get("last") for line in self.lines(name))
+        if self.out is None:
+            files = [info for info in (self.fs.get_file_info(f"{self.root}/{name}.jsonl"),) if info.is_file]
+        else:
+            files = sorted(self._files(f"{self.root}/{name}"), key=lambda info: info.path)
+        if not files:
+            return self.out is not None
+        written_s = (files[-1].mtime_ns or 0) / 1e9
+        young = time.time() - written_s < comes_s
+        return young and not any(line.get("last") for line in heartbeat.parse(self._tail(files[-1].path, 0)))
 
-    def _files(self) -> list[tuple[str, pafs.FileInfo]]:
-        found = self.fs.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
-        return [(match["name"], info) for info in found if (match := _FILE.fullmatch(info.base_name))]
+    def _files(self, folder: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(folder, allow_not_found=True, recursive=recursive)
+        return [info for info in self.fs.get_file_info(selector) if info.is_file and info.extension == "jsonl"]
 
     def _tail(self, path: str, start: int) -> bytes:
-        with contextlib.suppress(FileNotFoundError), self.fs.open_input_file(path) as source:
+        """The end of a file; nothing where it cannot be read. A store that does not answer raises: it may hold more."""
+        lost = OSError if self.out is None else FileNotFoundError
+        with contextlib.suppress(lost), self.fs.open_input_file(path) as source:
             if source.size() > start:
                 source.seek(start)
                 return bytes(source.read())

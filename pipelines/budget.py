@@ -14,6 +14,7 @@ import numpy as np
 from ray import tune
 
 from pipelines import fronts
+from pipelines.config import experiment_of
 from pipelines.pareto import Objective
 from pipelines.plan import SweepPlan
 from pipelines.records import TrialRecord
@@ -21,6 +22,8 @@ from pipelines.records import TrialRecord
 _LOOK_EVERY_S = 1.0
 #: At most this share of the time goes into looking: through an object store with a thousand actors it takes long.
 _LOOK_SHARE = 0.1
+#: How long joules may be out of reach before a sweep with a budget ends: a promise that nobody watches is none.
+_BLIND_S = 300.0
 #: A hypervolume that grew by less than this share did not grow.
 _GROWTH = 1e-3
 
@@ -76,16 +79,23 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         self._axes = [Objective.parse(text) for text in plan.objectives]
         self._ends_of = ends_of
         self._trials: list[np.ndarray] = []
+        self._seen: set[str] = set()
+        self._counted: set[str] = set()
         self._look_s = -math.inf
+        self._blind_s: float | None = None
         for row in sorted(rows, key=lambda row: row.started_at):
             self.saw(row)
 
     def saw(self, row: TrialRecord) -> None:
-        """A trial ended."""
+        """A trial ended. A replicate tells of a point that is known: it is no sign of a front that does not grow."""
         if self.plan.stall is None:
             return
+        experiment = experiment_of(row.trial_id)
+        self._seen.add(experiment)
         costs = ([axis.cost(end[axis.column]) for axis in self._axes] for end in self._ends_of(row))
-        if known := [cost for cost in costs if np.isfinite(cost).all()]:
+        known = [cost for cost in costs if np.isfinite(cost).all()]
+        if known and experiment not in self._counted:
+            self._counted.add(experiment)
             self._trials.append(np.array(known))
 
     def give_up(self, error: OSError) -> None:
@@ -115,19 +125,29 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         plan = self.plan
         if plan.max_hours is not None and now - self._start_s >= 3600 * plan.max_hours:
             return f"max_hours: {plan.max_hours:g} h have passed"
-        if plan.stall is not None and stalls(self._trials, plan.stall):
+        if plan.stall is not None and not self._only_replicates() and stalls(self._trials, plan.stall):
             return f"stop_when_hypervolume_stalls: the last {plan.stall} trials added nothing to the front"
-        if plan.max_joules is not None:
-            spent_j = None
-            with contextlib.suppress(OSError):  # a store that is busy: the next time
-                spent_j = self.read_j()
-            if spent_j is None:
+        return None if plan.max_joules is None else self._joules(plan.max_joules, now)
+
+    def _joules(self, most_j: float, now: float) -> str | None:
+        try:
+            spent_j, reserve_j = self.read_j(), self.reserve_j()
+        except OSError as error:  # a store that is busy: the next time
+            self._blind_s = now if self._blind_s is None else self._blind_s
+            if now - self._blind_s < _BLIND_S:
                 return None
-            reserve_j = self.reserve_j()
-            if spent_j + reserve_j >= plan.max_joules:
-                kept = f", {reserve_j:,.0f} J are kept for the anchor" if reserve_j else ""
-                return f"max_joules: {spent_j:,.0f} J of {plan.max_joules:,.0f} J are spent{kept}"
-        return None
+            return f"max_joules: joules could not be read for {_BLIND_S / 60:.0f} minutes ({error})"
+        self._blind_s = None
+        if spent_j is None or spent_j + reserve_j < most_j:
+            return None
+        kept = f", {reserve_j:,.0f} J are kept for the anchor" if reserve_j else ""
+        return f"max_joules: {spent_j:,.0f} J of {most_j:,.0f} J are spent{kept}"
+
+    def _only_replicates(self) -> bool:
+        """Whether every experiment has had a trial, and what is left are further seeds."""
+        plan = self.plan
+        planned = plan.samples or 0 if plan.is_adaptive else len({experiment_of(t.trial_id) for t in plan.trials})
+        return plan.seeds > 1 and len(self._seen) >= planned
 
     def __getstate__(self) -> dict[str, object]:
         return {}

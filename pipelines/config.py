@@ -223,6 +223,11 @@ class TrialConfig(pydantic.BaseModel):
         return f"{self.fingerprint[:10]}-s{self.seed}"
 
 
+def experiment_of(trial_id: str) -> str:
+    """What replicates of an experiment have in common in their ids (`TrialConfig.trial_id`)."""
+    return trial_id.rsplit("-s", 1)[0]
+
+
 _GATE_KEYS = ("temperature", "router_jitter", "bias_balance_rate")  # nothing to act on in `random` and `hash`
 _MOE_KEYS = (
     "moe_layers", "expert_width_factors", "top_k", "energy_lambda", "price", "regularizer", "regularizer_weight",

@@ -20,7 +20,7 @@ import numpy as np
 from pipelines import fronts
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.pareto import Objective
-from pipelines.plan import draw
+from pipelines.plan import draw, every_point
 from pipelines.records import TrialRecord
 from pipelines.surrogate import Belief, Floats, believe, expected_hypervolume_improvement
 from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform
@@ -30,7 +30,6 @@ COST = Objective(column="train_energy_j")
 _FIRST = 6  # trials before there is something to believe
 _NEAR = 8  # cheap candidates among which the farthest is a first trial
 _CHEAPNESS = 2.0  # a first trial is drawn with odds 1 / cost²
-_WHOLE = 2000  # points of lists up to which all are candidates
 _DRAWS = 400  # candidates where the space is larger, or continuous
 
 
@@ -112,7 +111,7 @@ class CostAwareStudy:
         self.outcomes: dict[str, tuple[TrialConfig, tuple[float, float] | None]] = {}
         self.asked: dict[str, TrialConfig] = {}
         self._generator = random.Random(f"joulemoe {space.name} {seed}")
-        self._points = _points(space)
+        self._points = every_point(space)
         self._rows: dict[str, tuple[list[float], float]] = {}
 
     def reserve(self, config: TrialConfig) -> None:
@@ -178,14 +177,6 @@ class CostAwareStudy:
         if config.trial_id not in self._rows:
             self._rows[config.trial_id] = features(self.space, config.model_dump(mode="json")), self.modelled_j(config)
         return self._rows[config.trial_id]
-
-
-def _points(space: Space) -> list[TrialConfig]:
-    """All points of a space of lists; none where it is continuous or large."""
-    lists = {key: Grid(d.values) for key, d in space.domains.items() if isinstance(d, Grid | Choice)}
-    if len(lists) < len(space.domains) or math.prod(len(d.values) for d in lists.values()) > _WHOLE:
-        return []
-    return [TrialConfig.parse(point) for point in dataclasses.replace(space, domains=lists).grid_points()]
 
 
 def _drawn(space: Space, generator: random.Random) -> TrialConfig:

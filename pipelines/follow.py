@@ -62,11 +62,9 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
             self.tracker.start_sweep, self.plan.sweep_id, self.plan.space, question=self.plan.question, params=rules
         )
         ended = recover.rows_of(self.store, self.plan.sweep_id)
-        self.progress = Progress(
-            self.plan.trials,
-            expected=self.plan.count if self.plan.is_adaptive else None,
-            earlier=[trial_id for trial_id, row in ended.items() if recover.is_final(row)],
-        )
+        earlier = [trial_id for trial_id, row in ended.items() if recover.is_final(row)]
+        expected = len(earlier) + self.plan.left(earlier) if self.plan.is_adaptive else None
+        self.progress = Progress(self.plan.trials, expected=expected, earlier=earlier)
         self.epochs: dict[str, list[EpochRecord]] = {}
         self.heard_s: dict[str, float] = {}
         self.hung: set[str] = set()

@@ -124,13 +124,15 @@ class Keeper:
             return True
 
 
-def keeper_of(monitor: Any, place: Place, session: str) -> Keeper | None:
+def keeper_of(monitor: Any, place_of: Callable[[], Place], session: str) -> Keeper | None:
     """A keeper for a monitor's devices (`hwcost.EnergyMonitor`); None where nothing is counted.
 
-    `session` tells one driver's time from the next one's: what a board draws between two sessions is nobody's.
+    `place_of` makes its file. `session` tells one driver's time from the next one's: what a board draws between two
+    sessions is nobody's.
     """
     if not monitor.devices:
         return None
+    place = place_of()
     if monitor.source in ("counter", "integrated"):
         readers = [sampler.reader for sampler in monitor.samplers]
         uuids = ",".join(device.uuid for device in monitor.devices)

@@ -7,13 +7,14 @@ import datetime as dt
 import math
 import os
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from glob import glob
 from typing import Any
 
-from pipelines.config import ConfigError, TrialConfig
+from pipelines.config import ConfigError, TrialConfig, experiment_of
 from pipelines.journal import Journal
-from pipelines.plan_checks import check_objectives, check_search, check_values
+from pipelines.plan_checks import WHOLE, check_objectives, check_search, check_values
 from tune_spaces import CASE, Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform, dump_space, parse_space
 
 _DEFAULT_SAMPLES = 16
@@ -35,7 +36,8 @@ class SweepPlan:
         dropped: how many points of the space repeat an experiment that is already in (for example λ > 0
             where no price can act).
         document: the space as it was read, overrides included; an adaptive search draws from it.
-        samples: experiments to draw, for searches that draw; each gets `seeds` trials.
+        samples: experiments to draw, for searches that draw; each gets `seeds` trials. An adaptive search of a space
+            with fewer points draws each of them once.
         objectives: columns to search by, `COLUMN` or `COLUMN:max`.
         max_joules, max_hours, stall: budgets; None: no limit.
         anchor: measure the anchor workload on every board that is measured, at the start and the end.
@@ -66,6 +68,17 @@ class SweepPlan:
     def count(self) -> int:
         """Trials in all."""
         return (self.samples or 0) * self.seeds if self.is_adaptive else len(self.trials)
+
+    def left(self, trial_ids: Iterable[str]) -> int:
+        """How many trials are still to run beside these. Of an adaptive search: all seeds of the experiments that it
+        has not chosen yet, and those that chosen ones lack.
+        """
+        have = set(trial_ids)
+        if not self.is_adaptive:
+            return sum(trial.trial_id not in have for trial in self.trials)
+        seeds = Counter(map(experiment_of, have))
+        new = max(0, (self.samples or 0) - len(seeds))
+        return new * self.seeds + sum(max(0, self.seeds - count) for count in seeds.values())
 
     def examples(self) -> tuple[TrialConfig, ...]:
         """A few draws of the space, to check what trials need before any runs."""
@@ -135,6 +148,8 @@ def plan_sweep(
         raise ConfigError(f"trial: expected at least one trial in the space {space.name}, got none")
     if search != "grid":
         check_values(chosen, adaptive=adaptive)
+    if adaptive and (every := every_point(chosen)):
+        samples = min(samples, len(every))
     return SweepPlan(
         sweep_id=sweep_id or new_sweep_id(space.name),
         space=space.name,
@@ -216,6 +231,19 @@ def _overridden(space: Space, overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _draws(space: Space, samples: int) -> list[dict[str, Any]]:
     generator = random.Random(f"joulemoe {space.name}")
     return [space.resolve({k: draw(d, generator) for k, d in space.domains.items()}) for _ in range(samples)]
+
+
+def every_point(space: Space) -> list[TrialConfig]:
+    """Every experiment of a space, each once; none where it is continuous or has more than a few thousand points."""
+    lists: dict[str, Domain] = {}
+    for key, domain in space.domains.items():
+        if not isinstance(domain, Grid | Choice | IntRange):
+            return []
+        lists[key] = Grid(tuple(range(domain.low, domain.high + 1)) if isinstance(domain, IntRange) else domain.values)
+    if math.prod(len(domain.values) for domain in lists.values() if isinstance(domain, Grid)) > WHOLE:
+        return []
+    points = dataclasses.replace(space, domains=lists).grid_points()
+    return list({config.trial_id: config for config in map(TrialConfig.parse, points)}.values())
 
 
 def draw(domain: Domain, generator: random.Random) -> Any:

@@ -25,6 +25,8 @@ def check_search(space: Space, search: str, *, adaptive: bool, objectives: Seque
         raise ConfigError(f"search: expected grid or random for a space with {CASE!r}, got {search!r}")
     if not space.domains:
         raise ConfigError(f"search: expected a space with domains for {search}, got fixed values only")
+    if "seed" in space.domains:
+        raise ConfigError(f"seed: expected one value with search {search}, got a domain; --seeds N makes replicates")
     if search == "cost-aware" and len(objectives) != 2:
         raise ConfigError(f"objectives: expected two for search cost-aware, got {len(objectives)}")
 

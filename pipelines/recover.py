@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import os
 import platform
@@ -77,11 +78,15 @@ def write_missing(
     }
     claims = journal.claims() if trial_id is None else journal.claims_of(trial_id)
     missing = [claim for claim in claims if (claim["trial_id"], claim["attempt"]) not in have]
+    names = [claim["beats"] for claim in missing if claim["beats"]]
+    late = {name for name in names if not journal.beats.await_next(name)} if alive else set()
     if not alive:
-        journal.beats.await_last([claim["beats"] for claim in missing if claim["beats"]])
+        journal.beats.await_last(names)
     written = []
     for claim in missing:
         row = row_of(store, journal, claim, ended_by=ended_by, alive=alive)
+        if claim["beats"] in late:
+            row = dataclasses.replace(row, energy_flags=[*(row.energy_flags or ()), "heartbeat_late"])
         where: dict[str, Any] = {"sweep_id": row.sweep_id, "trial_id": row.trial_id, "attempt": row.attempt}
         if points := [point_of(row, **values) for values in _reached(journal, claim).get("points", ())]:
             store.write(PointRecord, points, **where)

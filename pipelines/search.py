@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import optuna
 from pipelines.config import ConfigError, TrialConfig
 from pipelines.costaware import CostAwareStudy
 from pipelines.estimate import estimate
-from pipelines.plan import SweepPlan
+from pipelines.plan import SweepPlan, every_point
 from pipelines.records import TrialRecord
 from pipelines.searcher import Stateless
 from pipelines.trial_rows import parse_row
@@ -64,6 +65,8 @@ def drawn_of(domain: Domain, value: Any) -> Any:
     """The reverse; ValueError where the value is not in the domain."""
     if isinstance(domain, Grid | Choice):
         return [json.dumps(v) for v in domain.values].index(json.dumps(value))
+    if not domain.low <= value <= domain.high:
+        raise ValueError(f"{value!r} is not between {domain.low} and {domain.high}")
     return value
 
 
@@ -85,14 +88,16 @@ class Study:
         self.study = optuna.create_study(directions=directions, sampler=sampler)
         self.threads: int | None = None  # what a CPU trial gets where its space does not say
         self.known: dict[str, Outcome] = {}
-        self.asked: dict[str, optuna.Trial | None] = {}
+        self.asked: dict[str, optuna.Trial | TrialConfig] = {}
+        self._points = every_point(space)
+        self._generator = random.Random(f"joulemoe {space.name}")
 
     def reserve(self, config: TrialConfig) -> None:
         """A trial that this study did not choose begins: its outcome will be told, and it is not asked for."""
-        self.asked[config.trial_id] = None
+        self.asked[config.trial_id] = config
 
     def ask(self) -> TrialConfig:
-        """The next configuration; one that ran already is told again, and after that a new seed of it is taken."""
+        """The next configuration. A point that was tried is told again; who insists on it gets one that was not."""
         for _ in range(_TRIES):
             trial = self.study.ask()
             config = TrialConfig.parse(self._draw(trial))
@@ -100,6 +105,10 @@ class Study:
                 self.asked[config.trial_id] = trial
                 return config
             self._tell(trial, self.known.get(config.trial_id, Outcome(FAIL)))
+        if new := [p for p in self._points if p.trial_id not in self.known and p.trial_id not in self.asked]:
+            config = self._generator.choice(new)
+            self.reserve(config)
+            return config
         trial = self.study.ask()
         config = TrialConfig.parse(self._draw(trial))
         while config.trial_id in self.known or config.trial_id in self.asked:
@@ -110,21 +119,25 @@ class Study:
     def tell(self, trial_id: str, row: TrialRecord | None, *, stopped: bool = False) -> None:
         """The outcome of a trial; where it has no row of its own, whether the scheduler `stopped` it."""
         outcome = self.known[trial_id] = self.outcome_of(row, stopped=stopped)
-        trial = self.asked.pop(trial_id, None)
-        if trial is not None:
-            self._tell(trial, outcome)
-        elif row is not None:  # reserved: the study did not ask for it
-            self.remember(row)
+        asked = self.asked.pop(trial_id, None)
+        if isinstance(asked, TrialConfig):
+            self._add(asked.model_dump(mode="json"), outcome)
+        elif asked is not None:
+            self._tell(asked, outcome)
 
     def remember(self, row: TrialRecord) -> None:
-        """An outcome of a trial that the study did not ask for, of an earlier session say."""
+        """An outcome of an earlier session."""
         outcome = self.known[row.trial_id] = self.outcome_of(row)
-        settings, params, distributions = json.loads(row.config_json), {}, {}
+        self._add(json.loads(row.config_json), outcome)
+
+    def _add(self, settings: Mapping[str, Any], outcome: Outcome) -> None:
+        """Tell of a trial that the sampler did not ask for. What is not in a key's domain is left out."""
+        params, distributions = {}, {}
         for key, domain in self.space.domains.items():
             if key in self.space.resolve({**{k: settings.get(k) for k in self.space.domains}}):
                 try:
                     params[key] = drawn_of(domain, settings[key])
-                except (KeyError, ValueError):
+                except (KeyError, TypeError, ValueError):
                     continue
                 distributions[key] = distribution_of(domain)
         told = {"state": outcome.state, "values": outcome.values}
@@ -160,13 +173,13 @@ class StudySearch(Stateless):
     """The study as a Ray Tune searcher: whole configurations of actors go out, rows come back.
 
     The study chooses `samples` experiments. Where they shall have more than one seed each, the first replicates come
-    after all experiments' first trials, as in a grid: those of one experiment do not run back to back (temperature). A
-    study that finds all points of its space tried gets on with replicates too.
+    after all experiments' first trials, as in a grid: those of one experiment do not run back to back (temperature).
 
     Args:
         common: what every actor's configuration holds.
         samples, seeds: experiments, and trials of each.
-        ended, unfinished: trials of earlier sessions; the unfinished ones run first.
+        count: trials to begin in this session.
+        ended, unfinished: trials of earlier sessions; unfinished ones that still count run first.
     """
 
     def __init__(
@@ -175,22 +188,23 @@ class StudySearch(Stateless):
         common: Mapping[str, Any],
         *,
         samples: int,
+        count: int,
         seeds: int = 1,
         ended: Iterable[TrialConfig] = (),
         unfinished: Iterable[TrialConfig] = (),
     ) -> None:
         super().__init__()
-        self.study, self.common, self.samples, self.seeds = study, dict(common), samples, seeds
-        self._first = list(unfinished)
+        self.study, self.common, self.samples, self.seeds, self.count = study, dict(common), samples, seeds, count
         self._names: dict[str, str] = {}
         self._experiments: dict[str, list[TrialConfig]] = {}
-        self._all_tried = False
-        ended = list(ended)
-        self.count = samples * seeds - len(ended)
-        for config in (*ended, *self._first):
+        self._first: list[TrialConfig] = []
+        for config in ended:
             self._begins(config)
-        for config in self._first:
-            study.reserve(config)
+        for config in unfinished:
+            if len(self._experiments.get(config.fingerprint, ())) < seeds:
+                self._begins(config)
+                self._first.append(config)
+                study.reserve(config)
 
     def suggest(self, trial_id: str) -> Any:
         """The configuration of Ray's next trial."""
@@ -204,12 +218,11 @@ class StudySearch(Stateless):
         return {**self.common, "trial": {"trial_id": config.trial_id, **config.model_dump(mode="json")}}
 
     def _next(self) -> TrialConfig:
-        config = self._replicate() if self._all_tried or len(self._experiments) >= self.samples else None
-        if config is not None:
-            self.study.reserve(config)
-        else:
+        config = self._replicate() if len(self._experiments) >= self.samples else None
+        if config is None:
             config = self.study.ask()
-            self._all_tried |= config.fingerprint in self._experiments
+        else:
+            self.study.reserve(config)
         self._begins(config)
         return config
 
@@ -221,7 +234,8 @@ class StudySearch(Stateless):
         fewest = min(self._experiments.values(), key=len)
         if len(fewest) >= self.seeds:
             return None
-        return fewest[0].model_copy(update={"seed": max(config.seed for config in fewest) + 1})
+        seed, threads = max(config.seed for config in fewest) + 1, self.study.space.fixed.get("threads")
+        return fewest[0].model_copy(update={"seed": seed, "threads": threads})
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study. A trial that died ends in an error; one that reported, but has no row yet, was stopped."""

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 #: A part that has so many bytes is full: the next one begins.
-PART_BYTES = 1 << 15
+PART_BYTES = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Place:
     Attributes:
         path: a file of this machine.
         out: URI of the object store that they are sent to; None where the file itself is kept.
-        key: what the names of the parts begin with, below `out`.
+        key: folder of the parts, below `out`.
     """
 
     path: str
@@ -92,7 +92,7 @@ class Shipper:
                 data = file.read(PART_BYTES)
                 end = part * PART_BYTES + len(data)
                 if end > self._sent:
-                    with fs.open_output_stream(f"{root}/{self.place.key}.{part:05d}.jsonl") as sink:
+                    with fs.open_output_stream(f"{root}/{self.place.key}/{part:05d}.jsonl") as sink:
                         sink.write(data)
                     self._sent = end
                 if len(data) < PART_BYTES:  # what is appended meanwhile belongs to this part: the next time

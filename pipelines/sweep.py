@@ -189,6 +189,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         ) from None
     finally:
         with contextlib.suppress(OSError):
+            journal.beats.settle()
             book(meter.read_j())
         follower.close()
         with contextlib.suppress(OSError):
@@ -222,18 +223,13 @@ def _front_members(store: Store, plan: SweepPlan) -> set[str]:
 
 def _is_done(plan: SweepPlan, store: Store) -> bool:
     """Whether every trial of a plan has its final row."""
-    final = {trial_id for trial_id, row in recover.rows_of(store, plan.sweep_id).items() if recover.is_final(row)}
-    if plan.is_adaptive:
-        return len(final) >= plan.count
-    return final >= {trial.trial_id for trial in plan.trials}
+    rows = recover.rows_of(store, plan.sweep_id)
+    return not plan.left(trial_id for trial_id, row in rows.items() if recover.is_final(row))
 
 
 def _missing(plan: SweepPlan, store: Store) -> bool:
-    """Whether planned trials have no final row (one that died for good has had its attempts)."""
-    rows = recover.rows_of(store, plan.sweep_id)
-    if plan.is_adaptive:
-        return len(rows) < plan.count
-    return any(trial.trial_id not in rows for trial in plan.trials)
+    """Whether planned trials have no row (one that died for good has had its attempts)."""
+    return plan.left(recover.rows_of(store, plan.sweep_id)) > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,8 +256,8 @@ def _work(
         entries = {trial.trial_id: {**common, "trial": _entry(trial, run.resources)} for trial in plan.trials}
         return _Work(searcher=LaneSearch(entries, waiting, MOST_SHAPES), samples=len(waiting)) if waiting else None
     unfinished = {c["trial_id"]: TrialConfig.parse(c["config"]) for c in journal.claims() if c["trial_id"] not in final}
-    count = plan.count - len(final)
-    if count <= 0:
+    count = plan.left(final)
+    if not count:
         return None
     ended = sorted((row for row in known if row.trial_id in final), key=lambda row: row.started_at)
     study = study_of(plan, ended)
@@ -270,6 +266,7 @@ def _work(
         study,
         common,
         samples=plan.samples or 0,
+        count=count,
         seeds=plan.seeds,
         ended=[TrialConfig.parse(json.loads(row.config_json)) for row in ended],
         unfinished=unfinished.values(),

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -224,7 +225,8 @@ class Tracker:
         parts = urllib.parse.urlsplit(self.uri)
         if parts.scheme not in ("http", "https"):
             return None
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+        netloc = parts.netloc.rpartition("@")[2]
+        return parts._replace(netloc=netloc, query="", fragment="").geturl().rstrip("/")
 
     def run_urls(self, sweep_id: str, base: str | None = None) -> dict[str, str]:
         """Address of each trial's run in the MLflow UI, by trial id (its last attempt).
@@ -261,7 +263,8 @@ class Tracker:
     def _failed(self, error: Exception) -> None:
         """Pause. Whether the call that failed was carried out is not known: the runs are asked for anew."""
         if self.problem is None:
-            self.problem = " ".join(str(error).split())[:300] or type(error).__name__
+            said = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))  # no password in a log
+            self.problem = said[:300] or type(error).__name__
             log.warning("MLflow does not answer (%s): the sweep goes on; `mirror` repairs it later", self.problem)
         self._again_s = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)

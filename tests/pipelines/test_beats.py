@@ -41,14 +41,14 @@ def wait(condition: Any, seconds: float = 30.0) -> None:
 def test_parts_are_read_as_one_file(beats: Beats) -> None:
     place = beats.place(NAME)
     shipper = Shipper(place, retry_s=0.05)
-    rows = [{"t": float(n), "j": 2.0 * n} for n in range(4000)]
+    rows = [{"t": float(n), "j": 2.0 * n} for n in range(16_000)]
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     assert len(data) > 3 * PART_BYTES
-    for start in range(0, len(data), 20_011):  # not whole lines, and not whole parts
+    for start in range(0, len(data), 80_011):  # not whole lines, and not whole parts
         with open(place.path, "ab") as file:
-            file.write(data[start : start + 20_011])
+            file.write(data[start : start + 80_011])
         shipper.wake()
-        written = min(len(data), start + 20_011)
+        written = min(len(data), start + 80_011)
         wait(lambda: beats.sizes() == {NAME: written})  # noqa: B023
     for start in (0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES, len(data) - 1, len(data)):
         assert beats.read(NAME, start) == data[start:]
@@ -140,6 +140,9 @@ def test_the_keeper_of_a_killed_process_sends_its_last_line(beats: Beats) -> Non
     words = [sys.executable, "-c", code, place.path, place.out, place.key]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
     wait(lambda: sum("j" in line for line in beats.lines(NAME)) >= 4)
+    before_s = time.monotonic()
+    assert beats.await_next(NAME)
+    assert max(line["t"] for line in beats.lines(NAME)) > before_s  # the driver knows of all that was before it asked
     assert heartbeat.joules_of(beats.lines(NAME), "a-0", alive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -152,6 +155,14 @@ def test_the_keeper_of_a_killed_process_sends_its_last_line(beats: Beats) -> Non
     wait(lambda: not os.path.exists(place.path))
 
 
+def test_a_keeper_that_sends_nothing_is_not_waited_for_long(beats: Beats, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.beats._LAST_ARRIVES_S", 0.3)
+    assert not beats.await_next(NAME)
+    beats.await_last([NAME])
+    beats.settle()
+    assert beats.lines(NAME) == []
+
+
 def test_on_a_disk_the_file_itself_is_kept(tmp_path: Path) -> None:
     beats = Journal(str(tmp_path), "s").beats
     place = beats.place(NAME)
@@ -159,3 +170,4 @@ def test_on_a_disk_the_file_itself_is_kept(tmp_path: Path) -> None:
     Path(place.path).write_text('{"t": 2, "j": 3.0}\n{"t": 1, "j": 1.0}\n{"torn')
     assert [line["t"] for line in beats.lines(NAME)] == [1, 2]
     assert Meter(beats).read_j() == 2.0
+    assert beats.await_next(NAME)

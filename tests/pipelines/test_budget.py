@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipelines import budget as budget_module
 from pipelines.budget import Budget, stalls
 from pipelines.epoch_ends import Ends
 from pipelines.plan import plan_sweep
 from pipelines.records import PointRecord, Store, TrialRecord
 from tests.pipelines.synthetic import point
 from tests.pipelines.synthetic import trial as synthetic
-from tune_spaces import Grid, Space
+from tune_spaces import Grid, Space, Uniform
 
 
 @pytest.mark.parametrize(("gains", "ends"), [((0.5, 0.4, 0.3), False), ((0.5, 3.0, 3.0), True)])
@@ -86,3 +88,46 @@ def test_a_stall_of_anytime_trials_counts_their_points(tiny: dict[str, Any], tmp
     whole = Ends(store, "synthetic", ("train_energy_j", "tokens_per_s:max"))  # points have no speed
     assert [end["tokens_per_s"] for end in whole.of(rows[0])] == [50_000.0]
     assert whole.of(rows[4]) == []
+
+
+def test_replicates_neither_stall_nor_are_stalled(tiny: dict[str, Any]) -> None:
+    """Second seeds say nothing new of the front; once every experiment has had a trial, they run to their end."""
+    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
+    one = [synthetic(f"t{i}-s0", train_energy_j=10.0 + i, eval_loss_nats=5.0 - i) for i in range(4)]
+    more = [synthetic(f"t{i}-s1", train_energy_j=10.0 + i, eval_loss_nats=5.0 - i) for i in range(4)]
+    last = synthetic("t4-s0", train_energy_j=20.0, eval_loss_nats=4.0)
+    plan = plan_sweep(Space(name="s", question="", fixed=tiny, domains={"energy_lambda": Uniform(0.1, 1.0)},
+                            conditions={}, sweep={}), search="tpe", samples=8, seeds=2, stall=2)  # fmt: skip
+    assert not Budget(plan, lambda: None, [*one, *more]).stop_all()
+    assert Budget(
+        plan, lambda: None, [*one, last, synthetic("t5-s0", train_energy_j=21.0, eval_loss_nats=4.0)]
+    ).stop_all()
+    dull = [synthetic(f"t{i}-s0", train_energy_j=10.0 + i, eval_loss_nats=3.0) for i in range(8)]
+    assert Budget(plan, lambda: None, dull[:7]).stop_all()
+    assert not Budget(plan, lambda: None, dull).stop_all()
+    assert Budget(plan_sweep(space, stall=2), lambda: None, dull).stop_all()
+
+
+def test_a_budget_that_cannot_be_read_ends_the_sweep_after_a_while(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = Space(name="s", question="", fixed=tiny, domains={}, conditions={}, sweep={})
+    clock, answers = [0.0], iter([OSError("away"), OSError("away"), 5.0, OSError("away"), OSError("gone"), 7.0])
+
+    def read_j() -> float:
+        found = next(answers)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    def away() -> float:
+        raise OSError("anchors")
+
+    monkeypatch.setattr(budget_module.time, "monotonic", lambda: clock[0])
+    budget = Budget(plan_sweep(space, max_joules=100), read_j)
+    for clock[0] in (10.0, 200.0, 320.0, 330.0):
+        assert not budget.stop_all()
+    clock[0] = 631.0
+    assert budget.stop_all()
+    assert budget.reason == "max_joules: joules could not be read for 5 minutes (gone)"
+    assert not Budget(plan_sweep(space, max_joules=100), lambda: 99.0, reserve_j=away).stop_all()

@@ -12,9 +12,6 @@ import yaml
 
 from pipelines.cli import main
 from pipelines.hub import prepare_hub
-from pipelines.journal import Journal
-from pipelines.plan import plan_sweep
-from tune_spaces import load_space
 
 
 def joulemoe(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -44,8 +41,7 @@ BAD: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["--set", "epochs"], "--set: expected KEY=VALUE, got 'epochs'"),
     ({}, ["--set", "top_k={grid: [1], grid: [2]}"], "--set top_k: grid: expected a key once in a mapping"),
     ({}, ["--search", "magic"], "search: expected one of grid"),
-    (SEARCHED, ["--search", "tpe", "--seeds", "3"], "--seeds: expected 1 with search tpe"),
-    (SEARCHED, ["--search", "cost-aware", "--seeds", "2"], "--seeds: expected 1 with search cost-aware"),
+    (SEARCHED | {"seed": {"grid": [0, 1]}}, ["--search", "tpe"], "seed: expected one value with search tpe"),
     ({}, ["--search", "tpe"], "search: expected a space with domains for tpe, got fixed values only"),
     ({}, ["--objective", "router", "--objective", "eval_loss_nats"], "objectives: expected a column of numbers"),
     ({"top_k": {"choice": [1, 1, 1, 99]}}, ["--search", "tpe"], "top_k: expected at most 4"),
@@ -127,16 +123,6 @@ def test_an_out_that_cannot_be_written(
     assert error.count("\n") == 1
 
 
-def test_joules_that_nobody_counts_are_no_budget(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["sweep", space_file(tmp_path, tiny), "--out", "memory://budget/out", "--max-joules", "5"]
-    assert joulemoe(monkeypatch, *words) == 2
-    error = capsys.readouterr().err
-    assert "max_joules: expected OUT on a file system, got an object store" in error
-    assert error.count("\n") == 1
-
-
 def test_the_hub_out_of_reach_names_the_options(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,20 +171,6 @@ def test_a_variable_that_cannot_be_is_named_in_one_line(
     error = capsys.readouterr().err
     assert error == ("joulemoe: JOULEMOE_WATTS_PER_CORE: expected watts of one core, between 0 and 1000; got 'abc'\n")
     assert not out.exists()
-
-
-def test_more_seeds_of_an_adaptive_sweep_are_refused_at_resume(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plan = plan_sweep(load_space(space_file(tmp_path, tiny | SEARCHED)), search="tpe", samples=2, sweep_id="s")
-    out = tmp_path / "out"
-    Journal(str(out), "s").put("plan.json", plan.to_document())
-    before = sorted(out.rglob("*"))
-    assert joulemoe(monkeypatch, "sweep", "--resume", "s", "--seeds", "3", "--out", str(out)) == 2
-    error = capsys.readouterr().err
-    assert "--seeds: expected 1 with search tpe" in error
-    assert error.count("\n") == 1
-    assert sorted(out.rglob("*")) == before
 
 
 def test_space_prints_an_estimate_of_the_quickstart(

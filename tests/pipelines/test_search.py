@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optuna
 import pytest
 
 from pipelines.config import ConfigError, TrialConfig
-from pipelines.plan import plan_sweep
+from pipelines.plan import SweepPlan, plan_sweep
 from pipelines.search import Study, StudySearch, sampler_of, study_of
 from pipelines.trial_rows import config_columns
 from tests.pipelines.synthetic import trial
-from tune_spaces import Grid, LogUniform, Space
+from tune_spaces import Choice, Grid, IntRange, LogUniform, Space
 
 STATES = optuna.trial.TrialState
 
@@ -118,7 +120,7 @@ def test_a_session_remembers_the_earlier_ones(tiny: dict[str, Any]) -> None:
 def test_the_searcher_runs_what_is_unfinished_first(tiny: dict[str, Any]) -> None:
     plan = plan_sweep(space_of(tiny), search="nsga2", samples=3)
     unfinished = TrialConfig.parse(tiny)
-    searcher = StudySearch(study_of(plan, []), {"out": "x"}, samples=2, unfinished=[unfinished])
+    searcher = StudySearch(study_of(plan, []), {"out": "x"}, samples=2, count=2, unfinished=[unfinished])
     first = searcher.suggest("ray-1")
     assert first["trial"]["trial_id"] == unfinished.trial_id
     assert first["out"] == "x"
@@ -132,73 +134,130 @@ def test_the_searcher_runs_what_is_unfinished_first(tiny: dict[str, Any]) -> Non
     assert [trial.state for trial in searcher.study.study.trials] == [STATES.COMPLETE, STATES.PRUNED]
 
 
-def suggested(searcher: StudySearch, count: int) -> list[TrialConfig]:
-    """The next trials, each told as complete."""
+def searcher_of(plan: SweepPlan, ended: Sequence[TrialConfig] = (), **more: Any) -> StudySearch:
+    """A session's searcher, as a sweep makes it."""
+    count = plan.left(config.trial_id for config in ended)
+    study = study_of(plan, [row_of(config) for config in ended])
+    return StudySearch(study, {}, samples=plan.samples or 0, seeds=plan.seeds, count=count, ended=ended, **more)
+
+
+def begun(searcher: StudySearch) -> Iterator[tuple[str, TrialConfig]]:
+    """Ray's trials until there are no more."""
+    for number in itertools.count():
+        entry = searcher.suggest(f"ray-{number}")
+        if entry == "FINISHED":
+            return
+        yield f"ray-{number}", TrialConfig.parse({k: v for k, v in entry["trial"].items() if k != "trial_id"})
+
+
+def completed(searcher: StudySearch) -> list[TrialConfig]:
+    """What a searcher suggests until it ends, one after the other, each told as complete."""
     found = []
-    for number in range(count):
-        entry = searcher.suggest(f"ray-{len(searcher._names)}-{number}")
-        config = TrialConfig.parse({k: v for k, v in entry["trial"].items() if k != "trial_id"})
+    for name, config in begun(searcher):
         text = json.dumps(dataclasses.asdict(row_of(config)), default=str)
-        searcher.on_trial_complete(list(searcher._names)[-1], {"trial_row": text})
+        searcher.on_trial_complete(name, {"trial_row": text})
         found.append(config)
     return found
 
 
+SMALL = {"top_k": Grid((1, 2))}
+
+
+def small_space(tiny: dict[str, Any], domains: dict[str, Any] | None = None) -> Space:
+    fixed = {key: value for key, value in tiny.items() if key not in (domains or SMALL)}
+    return Space(name="s", question="", fixed=fixed, domains=domains or SMALL, conditions={}, sweep={})
+
+
 @pytest.mark.parametrize("search", ["tpe", "nsga2", "gp", "cost-aware"])
 def test_replicates_come_after_all_first_seeds(tiny: dict[str, Any], search: str) -> None:
-    """As in a grid, so that those of one experiment do not run back to back; all are told, none is told twice."""
+    """As in a grid, so that those of one experiment do not run back to back; each is told once."""
     plan = plan_sweep(space_of(tiny), search=search, samples=4, seeds=3)
     assert plan.count == 12
-    searcher = StudySearch(study_of(plan, []), {}, samples=4, seeds=3)
-    trials = suggested(searcher, 12)
-    assert searcher.suggest("ray-end") == "FINISHED"
+    searcher = searcher_of(plan)
+    trials = completed(searcher)
     first = [config.fingerprint for config in trials[:4]]
     assert len(set(first)) == 4
     assert [config.fingerprint for config in trials] == first * 3
     assert [config.seed for config in trials] == [tiny.get("seed", 0) + n for n in range(3) for _ in range(4)]
-    told = searcher.study.known if isinstance(searcher.study, Study) else searcher.study.outcomes
-    assert set(told) == {config.trial_id for config in trials}
+    if isinstance(searcher.study, Study):
+        assert [trial.state for trial in searcher.study.study.trials] == [STATES.COMPLETE] * 12
+    else:
+        assert len(searcher.study.outcomes) == 12
+    assert not searcher.study.asked
+
+
+def test_a_stopped_replicate_is_told_as_pruned(tiny: dict[str, Any]) -> None:
+    searcher = searcher_of(plan_sweep(space_of(tiny), search="tpe", samples=3, seeds=2))
+    for name, _ in begun(searcher):
+        searcher.on_trial_complete(name, {"epoch": 1})
+    assert [trial.state for trial in searcher.study.study.trials] == [STATES.PRUNED] * 6
 
 
 def test_a_later_session_adds_the_replicates_that_are_missing(tiny: dict[str, Any]) -> None:
     plan = plan_sweep(space_of(tiny), search="tpe", samples=4, seeds=2)
-    trials = suggested(StudySearch(study_of(plan, []), {}, samples=4, seeds=2), 8)
+    trials = completed(searcher_of(plan))
     unfinished, ended = trials[5], [*trials[:5], trials[6]]
-    searcher = StudySearch(
-        study_of(plan, [row_of(config) for config in ended]),
-        {},
-        samples=4,
-        seeds=2,
-        ended=ended,
-        unfinished=[unfinished],
-    )
-    assert [config.trial_id for config in suggested(searcher, 2)] == [unfinished.trial_id, trials[7].trial_id]
-    remembered = study_of(plan, [row_of(config) for config in trials])
-    more = StudySearch(remembered, {}, samples=5, seeds=2, ended=trials)
-    new, again = suggested(more, 2)
-    assert new.fingerprint == again.fingerprint
+    assert plan.left(config.trial_id for config in ended) == 2
+    again = completed(searcher_of(plan, ended, unfinished=[unfinished]))
+    assert [config.trial_id for config in again] == [unfinished.trial_id, trials[7].trial_id]
+    new, replicate = completed(searcher_of(dataclasses.replace(plan, samples=5), trials))
+    assert new.fingerprint == replicate.fingerprint
     assert new.fingerprint not in {config.fingerprint for config in trials}
 
 
-def test_a_small_space_gets_its_replicates_too(tiny: dict[str, Any]) -> None:
-    """Two points, five experiments asked for: both points get at least two seeds, and no trial comes twice."""
-    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
-    for search in ("tpe", "cost-aware"):
-        plan = plan_sweep(space, search=search, samples=5, seeds=2)
-        trials = suggested(StudySearch(study_of(plan, []), {}, samples=5, seeds=2), 10)
-        assert len({config.trial_id for config in trials}) == 10
-        assert {config.top_k for config in trials[:2]} == {1, 2}
-        assert sorted(config.top_k for config in trials[:4]) == [1, 1, 2, 2]
+@pytest.mark.parametrize(
+    ("samples", "seeds", "new", "more"), [(8, 1, 4, 0), (6, 2, 4, 0), (4, 4, 0, 4), (4, 1, 0, 0), (2, 3, 0, 0)]
+)
+def test_samples_and_seeds_count_by_experiment(
+    tiny: dict[str, Any], samples: int, seeds: int, new: int, more: int
+) -> None:
+    """Fewer seeds and more samples, or the reverse, after a sweep of four experiments with three seeds each."""
+    plan = plan_sweep(space_of(tiny), search="tpe", samples=4, seeds=3)
+    trials = completed(searcher_of(plan))
+    changed = dataclasses.replace(plan, samples=samples, seeds=seeds)
+    assert changed.left(config.trial_id for config in trials) == new + more
+    found = completed(searcher_of(changed, trials))
+    known = {config.fingerprint for config in trials}
+    assert sum(config.fingerprint not in known for config in found) == new
+    assert sum(config.fingerprint in known for config in found) == more
+    assert not changed.left(config.trial_id for config in (*trials, *found))
+
+
+@pytest.mark.parametrize("search", ["tpe", "nsga2", "gp", "cost-aware"])
+@pytest.mark.parametrize("domains", [SMALL, {"top_k": IntRange(1, 2), "energy_lambda": Choice((0.1, 0.2, 0.2))}])
+def test_a_small_space_is_drawn_whole_and_then_replicated(
+    tiny: dict[str, Any], search: str, domains: dict[str, Any]
+) -> None:
+    plan = plan_sweep(small_space(tiny, domains), search=search, samples=16, seeds=3)
+    points = 2 if domains is SMALL else 4
+    assert plan.samples == points
+    trials = completed(searcher_of(plan))
+    assert len({config.trial_id for config in trials}) == len(trials) == 3 * points
+    assert len({config.fingerprint for config in trials[:points]}) == points
+
+
+def test_a_sampler_that_insists_gets_an_untried_point(tiny: dict[str, Any]) -> None:
+    """Optuna's Gaussian process asks for its favourite again and again."""
+    space = small_space(tiny, {"top_k": Grid((1, 2, 3)), "energy_lambda": Grid(tuple(0.01 * n for n in range(1, 13)))})
+    trials = completed(searcher_of(plan_sweep(space, search="gp", samples=28, seeds=2)))
+    assert len({config.fingerprint for config in trials[:28]}) == 28
+    assert [config.fingerprint for config in trials[:28]] == [config.fingerprint for config in trials[28:]]
 
 
 @pytest.mark.parametrize("search", ["tpe", "cost-aware"])
 def test_what_runs_already_is_not_asked_for(tiny: dict[str, Any], search: str) -> None:
-    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
-    plan = plan_sweep(space, search=search, samples=4)
-    unfinished = TrialConfig.parse({**tiny, "top_k": 1})
-    searcher = StudySearch(study_of(plan, []), {}, samples=4, unfinished=[unfinished])
-    running = [searcher.suggest(f"ray-{n}")["trial"]["trial_id"] for n in range(4)]
-    assert len(set(running)) == 4
+    plan = plan_sweep(small_space(tiny), search=search, samples=2, seeds=2)
+    running = list(begun(searcher_of(plan, unfinished=[TrialConfig.parse({**tiny, "top_k": 1})])))
+    assert len({config.trial_id for _, config in running}) == 4
+
+
+def test_a_row_outside_the_space_is_told_without_that_key(tiny: dict[str, Any]) -> None:
+    study = study_of(
+        plan_sweep(space_of(tiny), search="tpe"), [row_of(TrialConfig.parse({**tiny, "energy_lambda": 5}))]
+    )
+    (told,) = study.study.trials
+    assert told.state == STATES.COMPLETE
+    assert "energy_lambda" not in told.params
 
 
 def test_nothing_to_search_is_named(tiny: dict[str, Any]) -> None:
