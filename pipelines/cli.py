@@ -99,6 +99,8 @@ def sweep(
     plan = _plan(space, resume, out, overrides, options | {"sweep_id": sweep_id or resume})
     console = standard_output()
     console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {plan.count} trials. {plan.question}", soft_wrap=True)
+    if plan.is_adaptive and samples is not None and (plan.samples or 0) < samples:
+        console.print(f"The space has {plan.samples} experiments: each is drawn once.")
     if plan.dropped:
         console.print(
             f"{plan.dropped} points of the space repeat an experiment (λ where no price can act, say) and were dropped."
