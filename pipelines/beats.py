@@ -67,8 +67,10 @@ class Beats:
         return data
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """An actor's lines by time; a torn last line is left out."""
-        return heartbeat.parse(self.read(name))
+        """An actor's lines by time; a torn last line is left out. None on a disk that does not read."""
+        with contextlib.suppress(*(() if self.out else (OSError,))):
+            return heartbeat.parse(self.read(name))
+        return []
 
     def await_last(self, names: Iterable[str]) -> None:
         """Wait until the keepers of dead actors have written their last lines. Those that write nothing any more are
@@ -81,17 +83,21 @@ class Beats:
                 time.sleep(heartbeat.PERIOD_S / 10 if self.out is None else heartbeat.PERIOD_S / 2)
 
     def await_next(self, name: str) -> bool:
-        """Wait until what a living actor has drawn up to now is known; whether it is. On a disk it is at once. The next
-        heartbeat that comes through an object store may tell of the time before, so two are waited for.
+        """Wait until what an actor has drawn up to now is known; whether it is. On a disk it is at once. What arrives
+        next through an object store may have been on its way already, so two arrivals are waited for.
         """
         if self.out is None:
             return True
         deadline, start = time.monotonic() + _LAST_ARRIVES_S, self.size(name)
+        if any(line.get("last") for line in self.lines(name)):
+            return True
+        known, arrived = start, 0
         while time.monotonic() < deadline:
-            new = heartbeat.parse(self.read(name, start))
-            if sum("attempt" not in line for line in new) >= 2:
+            size = self.size(name)
+            arrived, known = arrived + (size > known), size
+            if arrived >= 2 or (arrived and any(line.get("last") for line in heartbeat.parse(self.read(name, start)))):
                 return True
-            time.sleep(heartbeat.PERIOD_S / 2)
+            time.sleep(heartbeat.PERIOD_S / 5)
         return False
 
     def settle(self) -> None:
@@ -122,9 +128,8 @@ class Beats:
         return [info for info in self.fs.get_file_info(selector) if info.is_file and info.extension == "jsonl"]
 
     def _tail(self, path: str, start: int) -> bytes:
-        """The end of a file; nothing where it cannot be read. A store that does not answer raises: it may hold more."""
-        lost = OSError if self.out is None else FileNotFoundError
-        with contextlib.suppress(lost), self.fs.open_input_file(path) as source:
+        """The end of a file; nothing where there is none."""
+        with contextlib.suppress(FileNotFoundError), self.fs.open_input_file(path) as source:
             if source.size() > start:
                 source.seek(start)
                 return bytes(source.read())

@@ -18,6 +18,7 @@ from pipelines.config import experiment_of
 from pipelines.pareto import Objective
 from pipelines.plan import SweepPlan
 from pipelines.records import TrialRecord
+from pipelines.trial_rows import is_final
 
 _LOOK_EVERY_S = 1.0
 #: At most this share of the time goes into looking: through an object store with a thousand actors it takes long.
@@ -78,9 +79,8 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         self._start_s = time.monotonic() - before_s
         self._axes = [Objective.parse(text) for text in plan.objectives]
         self._ends_of = ends_of
-        self._trials: list[np.ndarray] = []
+        self._trials: dict[str, tuple[str, np.ndarray]] = {}  # of each experiment, its first trial's ends
         self._seen: set[str] = set()
-        self._counted: set[str] = set()
         self._look_s = -math.inf
         self._blind_s: float | None = None
         for row in sorted(rows, key=lambda row: row.started_at):
@@ -91,12 +91,13 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         if self.plan.stall is None:
             return
         experiment = experiment_of(row.trial_id)
-        self._seen.add(experiment)
+        if is_final(row):
+            self._seen.add(experiment)
         costs = ([axis.cost(end[axis.column]) for axis in self._axes] for end in self._ends_of(row))
         known = [cost for cost in costs if np.isfinite(cost).all()]
-        if known and experiment not in self._counted:
-            self._counted.add(experiment)
-            self._trials.append(np.array(known))
+        if known and self._trials.get(experiment, (row.trial_id,))[0] == row.trial_id:
+            self._trials.pop(experiment, None)  # a further attempt of the same trial takes its place, at the end
+            self._trials[experiment] = row.trial_id, np.array(known)
 
     def give_up(self, error: OSError) -> None:
         """What the sweep does cannot be written down any more."""
@@ -125,7 +126,7 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
         plan = self.plan
         if plan.max_hours is not None and now - self._start_s >= 3600 * plan.max_hours:
             return f"max_hours: {plan.max_hours:g} h have passed"
-        if plan.stall is not None and not self._only_replicates() and stalls(self._trials, plan.stall):
+        if plan.stall is not None and not self._only_replicates() and self._stalls(plan.stall):
             return f"stop_when_hypervolume_stalls: the last {plan.stall} trials added nothing to the front"
         return None if plan.max_joules is None else self._joules(plan.max_joules, now)
 
@@ -142,6 +143,9 @@ class Budget(tune.Stopper):  # type: ignore[misc,unused-ignore]
             return None
         kept = f", {reserve_j:,.0f} J are kept for the anchor" if reserve_j else ""
         return f"max_joules: {spent_j:,.0f} J of {most_j:,.0f} J are spent{kept}"
+
+    def _stalls(self, count: int) -> bool:
+        return stalls([ends for _, ends in self._trials.values()], count)
 
     def _only_replicates(self) -> bool:
         """Whether every experiment has had a trial, and what is left are further seeds."""

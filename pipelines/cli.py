@@ -99,7 +99,7 @@ def sweep(
     plan = _plan(space, resume, out, overrides, options | {"sweep_id": sweep_id or resume})
     console = standard_output()
     console.print(f"Sweep [bold]{plan.sweep_id}[/bold]: {plan.count} trials. {plan.question}", soft_wrap=True)
-    if plan.is_adaptive and samples is not None and (plan.samples or 0) < samples:
+    if resume is None and plan.is_adaptive and samples is not None and (plan.samples or 0) < samples:
         console.print(f"The space has {plan.samples} experiments: each is drawn once.")
     if plan.dropped:
         console.print(
@@ -137,7 +137,7 @@ def _plan(
         return plan
     loaded = load_space(find_space(space)) if space is not None else plan.loaded_space()
     before = {key: getattr(plan, key) for key in options}
-    return plan.extended(plan_sweep(loaded, overrides=overrides, **(before | asked)))
+    return plan.extended(plan_sweep(loaded, overrides=overrides, fresh=False, **(before | asked)))
 
 
 @app.command()

@@ -69,7 +69,7 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
     from pipelines.records import Store
     from pipelines.report import write_report
     from pipelines.show import print_front
-    from pipelines.tracking import Tracker
+    from pipelines.tracking import Tracker, without_password
 
     store = Store(out)
     try:
@@ -86,7 +86,8 @@ def _conclude(console: Console, out: str | os.PathLike[str], sweep_id: str, trac
         tracker.mirror(store, sweep_id)
         links = tracker.run_urls(sweep_id)
     except Exception as error:
-        console.print(f"MLflow was left out ({error}); `joulemoe mirror {out}` repairs it.", markup=False)
+        said = without_password(str(error))
+        console.print(f"MLflow was left out ({said}); `joulemoe mirror {out}` repairs it.", markup=False)
     try:
         paths = write_report(out, sweep_id, links=links)
     except OSError as error:
@@ -257,7 +258,7 @@ def compact(out: Out, sweep: Sweep = None) -> None:
 def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
     """Bring the Parquet rows into MLflow once more."""
     from pipelines.records import Store
-    from pipelines.tracking import Tracker
+    from pipelines.tracking import Tracker, without_password
 
     with _one_line():
         store = Store(out)
@@ -268,7 +269,7 @@ def mirror(out: Out, sweep: Sweep = None, tracking_uri: Uri = None) -> None:
         tracker.start_sweep(sweep_id)
         front = _own_front(store, out, sweep_id)
         tracker.finish_sweep(front, artifacts=sorted(folder.glob("*")))
-    typer.echo(f"{count} attempts mirrored to {tracker.uri}")
+    typer.echo(f"{count} attempts mirrored to {without_password(tracker.uri)}")
 
 
 def ui(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipelines import fronts
-from pipelines.config import ConfigError, TrialConfig
+from pipelines.config import ConfigError, TrialConfig, experiment_of
 from pipelines.pareto import Objective
 from pipelines.plan import draw, every_point
 from pipelines.records import TrialRecord
@@ -118,9 +118,11 @@ class CostAwareStudy:
         """A trial that this study did not choose begins: its outcome will be told, and it is not asked for."""
         self.asked[config.trial_id] = config
 
-    def ask(self) -> TrialConfig:
-        """The next configuration; where every point ran already, one with a new seed."""
+    def ask(self) -> TrialConfig | None:
+        """The next experiment; None where the space seems to have no more."""
         candidates = self._candidates()
+        if not candidates:
+            return None
         config = candidates[choose(self._known(), *self._described(candidates), self._generator)]
         self.asked[config.trial_id] = config
         return config
@@ -147,11 +149,10 @@ class CostAwareStudy:
         return (found[0], found[1]) if all(math.isfinite(v) for v in found) else None
 
     def _candidates(self) -> list[TrialConfig]:
+        tried = {experiment_of(trial_id) for trial_id in (*self.outcomes, *self.asked)}
         points = self._points or [_drawn(self.space, self._generator) for _ in range(_DRAWS)]
-        configs = list({config.trial_id: config for config in points}.values())
-        while not (new := [c for c in configs if c.trial_id not in self.outcomes and c.trial_id not in self.asked]):
-            configs = [config.model_copy(update={"seed": config.seed + 1}) for config in configs]
-        return new
+        configs = {config.trial_id: config for config in points}.values()
+        return [config for config in configs if experiment_of(config.trial_id) not in tried]
 
     def _known(self) -> Known:
         done = [(config, values) for config, values in self.outcomes.values() if values is not None]

@@ -8,7 +8,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from glob import glob
 from typing import Any
 
@@ -36,8 +36,8 @@ class SweepPlan:
         dropped: how many points of the space repeat an experiment that is already in (for example λ > 0
             where no price can act).
         document: the space as it was read, overrides included; an adaptive search draws from it.
-        samples: experiments to draw, for searches that draw; each gets `seeds` trials. An adaptive search of a space
-            with fewer points draws each of them once.
+        samples: experiments to draw, for searches that draw; each gets `seeds` trials. An adaptive search draws none
+            twice, and ends where there are no more.
         objectives: columns to search by, `COLUMN` or `COLUMN:max`.
         max_joules, max_hours, stall: budgets; None: no limit.
         anchor: measure the anchor workload on every board that is measured, at the start and the end.
@@ -117,13 +117,15 @@ def plan_sweep(
     samples: int | None = None,
     seeds: int | None = None,
     sweep_id: str | None = None,
+    fresh: bool = True,
     **more: Any,
 ) -> SweepPlan:
     """Turn a space into checked trials.
 
     `overrides` replace keys of the space. Replicates of an experiment differ in their seed and run
-    interleaved: every experiment's first seed before any experiment's second (temperature drifts). `more`
-    replaces scheduler, objectives, max_joules, max_hours, stall and anchor of the space's `sweep` section.
+    interleaved: every experiment's first seed before any experiment's second (temperature drifts). `fresh`: the plan
+    adds to no earlier sweep, so an adaptive search of a few points cannot have more samples than there are points.
+    `more` replaces scheduler, objectives, max_joules, max_hours, stall and anchor of the space's `sweep` section.
 
     Raises:
         ConfigError: a trial that cannot be, a value that would make one, a space without trials, or a search that
@@ -148,7 +150,7 @@ def plan_sweep(
         raise ConfigError(f"trial: expected at least one trial in the space {space.name}, got none")
     if search != "grid":
         check_values(chosen, adaptive=adaptive)
-    if adaptive and (every := every_point(chosen)):
+    if adaptive and fresh and (every := every_point(chosen)):
         samples = min(samples, len(every))
     return SweepPlan(
         sweep_id=sweep_id or new_sweep_id(space.name),
@@ -235,14 +237,17 @@ def _draws(space: Space, samples: int) -> list[dict[str, Any]]:
 
 def every_point(space: Space) -> list[TrialConfig]:
     """Every experiment of a space, each once; none where it is continuous or has more than a few thousand points."""
-    lists: dict[str, Domain] = {}
+    values: dict[str, Sequence[Any]] = {}
     for key, domain in space.domains.items():
-        if not isinstance(domain, Grid | Choice | IntRange):
+        if isinstance(domain, IntRange):
+            values[key] = range(domain.low, domain.high + 1)
+        elif isinstance(domain, Grid | Choice):
+            values[key] = domain.values
+        else:
             return []
-        lists[key] = Grid(tuple(range(domain.low, domain.high + 1)) if isinstance(domain, IntRange) else domain.values)
-    if math.prod(len(domain.values) for domain in lists.values() if isinstance(domain, Grid)) > WHOLE:
+    if math.prod(map(len, values.values())) > WHOLE:
         return []
-    points = dataclasses.replace(space, domains=lists).grid_points()
+    points = dataclasses.replace(space, domains={key: Grid(tuple(v)) for key, v in values.items()}).grid_points()
     return list({config.trial_id: config for config in map(TrialConfig.parse, points)}.values())
 
 

@@ -12,15 +12,15 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optuna
 
-from pipelines.config import ConfigError, TrialConfig
+from pipelines.config import ConfigError, TrialConfig, experiment_of
 from pipelines.costaware import CostAwareStudy
 from pipelines.estimate import estimate
-from pipelines.plan import SweepPlan, every_point
+from pipelines.plan import SweepPlan, draw, every_point
 from pipelines.records import TrialRecord
 from pipelines.searcher import Stateless
 from pipelines.trial_rows import parse_row
@@ -28,7 +28,8 @@ from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Unifo
 
 COMPLETE, PRUNED, FAIL = (getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL"))
 _EPOCH_TOKENS = 1_000_000  # of an epoch that is not capped: the same for all trials of a space
-_TRIES = 20  # draws of an experiment that ran already before a new seed of it is taken
+_TRIES = 20  # draws of experiments that ran already before one at random is taken
+_DRAWS = 200
 
 
 def sampler_of(search: str, samples: int, seed: int = 0) -> optuna.samplers.BaseSampler:
@@ -64,10 +65,27 @@ def value_of(domain: Domain, drawn: Any) -> Any:
 def drawn_of(domain: Domain, value: Any) -> Any:
     """The reverse; ValueError where the value is not in the domain."""
     if isinstance(domain, Grid | Choice):
-        return [json.dumps(v) for v in domain.values].index(json.dumps(value))
+        return [_plain(v) for v in domain.values].index(_plain(value))
     if not domain.low <= value <= domain.high:
         raise ValueError(f"{value!r} is not between {domain.low} and {domain.high}")
     return value
+
+
+def _plain(value: Any) -> Any:
+    """A value as rows keep it: lists, and numbers equal whatever their kind (0 and 0.0), but never to a bool."""
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return repr(value) if isinstance(value, bool) else value
+
+
+def untried(
+    space: Space, points: Sequence[TrialConfig], tried: Container[str], generator: random.Random
+) -> list[TrialConfig]:
+    """Experiments that were not tried: of all `points`, where they can be listed, else of some draws."""
+    if not points:
+        draws = (space.resolve({k: draw(d, generator) for k, d in space.domains.items()}) for _ in range(_DRAWS))
+        points = [TrialConfig.parse(point) for point in draws]
+    return [config for config in points if experiment_of(config.trial_id) not in tried]
 
 
 class Outcome(NamedTuple):
@@ -96,24 +114,23 @@ class Study:
         """A trial that this study did not choose begins: its outcome will be told, and it is not asked for."""
         self.asked[config.trial_id] = config
 
-    def ask(self) -> TrialConfig:
-        """The next configuration. A point that was tried is told again; who insists on it gets one that was not."""
+    def ask(self) -> TrialConfig | None:
+        """The next experiment; None where the space seems to have no more. One that was tried is told again, and a
+        sampler that insists on such gets one at random that was not.
+        """
+        tried = {experiment_of(trial_id) for trial_id in (*self.known, *self.asked)}
         for _ in range(_TRIES):
             trial = self.study.ask()
             config = TrialConfig.parse(self._draw(trial))
-            if config.trial_id not in self.known and config.trial_id not in self.asked:
+            if experiment_of(config.trial_id) not in tried:
                 self.asked[config.trial_id] = trial
                 return config
             self._tell(trial, self.known.get(config.trial_id, Outcome(FAIL)))
-        if new := [p for p in self._points if p.trial_id not in self.known and p.trial_id not in self.asked]:
-            config = self._generator.choice(new)
-            self.reserve(config)
-            return config
-        trial = self.study.ask()
-        config = TrialConfig.parse(self._draw(trial))
-        while config.trial_id in self.known or config.trial_id in self.asked:
-            config = config.model_copy(update={"seed": config.seed + 1})
-        self.asked[config.trial_id] = trial
+        new = untried(self.space, self._points, tried, self._generator)
+        if not new:
+            return None
+        config = self._generator.choice(new)
+        self.reserve(config)
         return config
 
     def tell(self, trial_id: str, row: TrialRecord | None, *, stopped: bool = False) -> None:
@@ -198,6 +215,7 @@ class StudySearch(Stateless):
         self._names: dict[str, str] = {}
         self._experiments: dict[str, list[TrialConfig]] = {}
         self._first: list[TrialConfig] = []
+        self._exhausted = False
         for config in ended:
             self._begins(config)
         for config in unfinished:
@@ -206,24 +224,33 @@ class StudySearch(Stateless):
                 self._first.append(config)
                 study.reserve(config)
 
+    @property
+    def exhausted(self) -> int | None:
+        """How many experiments there are, once the study found no more; None before."""
+        return len(self._experiments) if self._exhausted else None
+
     def suggest(self, trial_id: str) -> Any:
         """The configuration of Ray's next trial."""
-        if self.count <= 0:
+        config = None
+        if self.count > 0:
+            config = self._first.pop(0) if self._first else self._next()
+        if config is None:
             return self.FINISHED
         self.count -= 1
-        config = self._first.pop(0) if self._first else self._next()
         if config.threads is None:
             config = config.model_copy(update={"threads": self.study.threads})
         self._names[trial_id] = config.trial_id
         return {**self.common, "trial": {"trial_id": config.trial_id, **config.model_dump(mode="json")}}
 
-    def _next(self) -> TrialConfig:
-        config = self._replicate() if len(self._experiments) >= self.samples else None
-        if config is None:
+    def _next(self) -> TrialConfig | None:
+        config = None
+        if len(self._experiments) < self.samples and not self._exhausted:
             config = self.study.ask()
-        else:
+            self._exhausted = config is None
+        if config is None and (config := self._replicate()) is not None:
             self.study.reserve(config)
-        self._begins(config)
+        if config is not None:
+            self._begins(config)
         return config
 
     def _begins(self, config: TrialConfig) -> None:
@@ -231,8 +258,8 @@ class StudySearch(Stateless):
 
     def _replicate(self) -> TrialConfig | None:
         """A new seed of the experiment that has fewest; None where all have enough."""
-        fewest = min(self._experiments.values(), key=len)
-        if len(fewest) >= self.seeds:
+        fewest = min(self._experiments.values(), key=len, default=None)
+        if fewest is None or len(fewest) >= self.seeds:
             return None
         seed, threads = max(config.seed for config in fewest) + 1, self.study.space.fixed.get("threads")
         return fewest[0].model_copy(update={"seed": seed, "threads": threads})

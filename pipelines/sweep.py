@@ -174,6 +174,10 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         _fit(_tuner(plan, run, work, store, follower), budget, run)
         if not journal.holds():
             raise journal.taken_over()
+        if isinstance(work.searcher, StudySearch) and work.searcher.exhausted is not None:
+            plan = dataclasses.replace(plan, samples=work.searcher.exhausted)
+            journal.put("plan.json", plan.to_document())
+            print(f"The space has no more experiments: {plan.samples} were drawn.", flush=True)
         if budget.broken is not None:
             raise budget.broken
         recover.end_orphans(journal, _with_rows(store, plan), patience_s=STOP_S)
@@ -190,6 +194,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
     finally:
         with contextlib.suppress(OSError):
             journal.beats.settle()
+        with contextlib.suppress(OSError):
             book(meter.read_j())
         follower.close()
         with contextlib.suppress(OSError):

@@ -225,8 +225,7 @@ class Tracker:
         parts = urllib.parse.urlsplit(self.uri)
         if parts.scheme not in ("http", "https"):
             return None
-        netloc = parts.netloc.rpartition("@")[2]
-        return parts._replace(netloc=netloc, query="", fragment="").geturl().rstrip("/")
+        return without_password(parts._replace(query="", fragment="").geturl().rstrip("/"))
 
     def run_urls(self, sweep_id: str, base: str | None = None) -> dict[str, str]:
         """Address of each trial's run in the MLflow UI, by trial id (its last attempt).
@@ -263,8 +262,7 @@ class Tracker:
     def _failed(self, error: Exception) -> None:
         """Pause. Whether the call that failed was carried out is not known: the runs are asked for anew."""
         if self.problem is None:
-            said = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))  # no password in a log
-            self.problem = said[:300] or type(error).__name__
+            self.problem = without_password(" ".join(str(error).split()))[:300] or type(error).__name__
             log.warning("MLflow does not answer (%s): the sweep goes on; `mirror` repairs it later", self.problem)
         self._again_s = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
@@ -446,6 +444,11 @@ def ui_environment() -> dict[str, str]:
     """The environment for `ui_command`: no usage reports, and no job workers, which this UI does not need."""
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return {**quiet, **os.environ}
+
+
+def without_password(text: str) -> str:
+    """Addresses in a text without a user's name and password."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def _default_uri(out: str) -> str | None:

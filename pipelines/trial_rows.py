@@ -36,6 +36,15 @@ class TrialKey:
         return f"{self.trial_id}-{self.attempt}"
 
 
+#: How a trial may end for good; whatever else ended it, `--resume` runs it again.
+FINAL = (None, "itself", "scheduler")
+
+
+def is_final(row: TrialRecord) -> bool:
+    """Whether a row is the last word on its trial."""
+    return row.ended_by in FINAL
+
+
 def price_columns(config: TrialConfig, prices: Mapping[str, Prices]) -> dict[str, Any]:
     """The prices of a trial, normalised and in joules, by phase."""
     train, decode = prices["train"], prices["decode"]

@@ -107,6 +107,27 @@ def test_replicates_neither_stall_nor_are_stalled(tiny: dict[str, Any]) -> None:
     assert Budget(plan_sweep(space, stall=2), lambda: None, dull).stop_all()
 
 
+def test_a_later_attempt_takes_the_place_of_the_one_that_died(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Anytime trials that died after a poor point; their next attempts are good."""
+    space = Space(name="s", question="", fixed=tiny, domains={"top_k": Grid((1, 2))}, conditions={}, sweep={})
+    plan, store = plan_sweep(space, stall=2, sweep_id="synthetic"), Store(tmp_path)
+    budget = Budget(plan, lambda: None, ends_of=Ends(store, "synthetic", plan.objectives).of)
+
+    def ended(trial: str, attempt: int, loss: float, **more: Any) -> None:
+        row = synthetic(f"{trial}-s0", attempt=attempt, config_json='{"anytime": true}', **more)
+        end = point(row.trial_id, attempt=attempt, eval_loss_nats=loss, train_energy_j=10.0)
+        store.write(PointRecord, [end], sweep_id="synthetic", trial_id=row.trial_id, attempt=attempt)
+        budget.saw(row)
+
+    ended("a", 0, 3.5)
+    ended("b", 0, 3.2)
+    for trial in ("c", "d"):
+        ended(trial, 0, 4.0, state="FAILED", ended_by="died")
+    for trial, loss in (("c", 2.0), ("d", 1.5)):
+        ended(trial, 1, loss)
+    assert not budget.stop_all()
+
+
 def test_a_budget_that_cannot_be_read_ends_the_sweep_after_a_while(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

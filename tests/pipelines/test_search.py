@@ -244,6 +244,59 @@ def test_a_sampler_that_insists_gets_an_untried_point(tiny: dict[str, Any]) -> N
     assert [config.fingerprint for config in trials[:28]] == [config.fingerprint for config in trials[28:]]
 
 
+@pytest.mark.parametrize("search", ["tpe", "gp", "cost-aware"])
+@pytest.mark.parametrize(
+    "domains",
+    [
+        {"router": Grid(("dense",)), "energy_lambda": LogUniform(0.1, 1.0)},  # λ does nothing there
+        {"top_k": Grid((1, 2))},
+    ],
+)
+def test_a_space_without_more_experiments_ends_the_search(
+    tiny: dict[str, Any], search: str, domains: dict[str, Any]
+) -> None:
+    """It seemed to have as many as were asked for; the replicates are made all the same."""
+    plan = dataclasses.replace(plan_sweep(small_space(tiny, domains), search=search, seeds=2), samples=5)
+    searcher = searcher_of(plan)
+    assert searcher.exhausted is None
+    trials = completed(searcher)
+    points = len({config.fingerprint for config in trials})
+    assert searcher.exhausted == points == (2 if "top_k" in domains else 1)
+    assert len(trials) == 2 * points
+    assert not dataclasses.replace(plan, samples=points).left(config.trial_id for config in trials)
+    resumed = searcher_of(plan, trials)
+    assert completed(resumed) == []
+    assert resumed.exhausted == points
+
+
+def test_one_experiment_is_drawn_once_though_the_sampler_likes_it(tiny: dict[str, Any]) -> None:
+    """The dense model is the cheapest, and one experiment whatever λ."""
+    space = small_space(tiny, {"router": Grid(("dense", "energy")), "energy_lambda": LogUniform(0.1, 1.0)})
+    plan = plan_sweep(space, search="gp", samples=10)
+    searcher = searcher_of(plan)
+    found = []
+    for name, config in begun(searcher):
+        row = row_of(config, train_energy_j=1.0 if config.router == "dense" else 9.0)
+        searcher.on_trial_complete(name, {"trial_row": json.dumps(dataclasses.asdict(row), default=str)})
+        found.append(config)
+    assert len({config.fingerprint for config in found}) == len(found) == 10
+    assert sum(config.router == "dense" for config in found) == 1
+    assert not plan.left(config.trial_id for config in found)
+
+
+def test_a_range_of_many_integers_is_not_listed(tiny: dict[str, Any]) -> None:
+    domains = {"max_train_tokens": IntRange(1000, 10**12), "energy_lambda": LogUniform(0.1, 1.0)}
+    assert plan_sweep(small_space(tiny, domains), search="tpe", samples=3).samples == 3
+
+
+def test_numbers_of_a_row_are_found_in_its_list_whatever_their_kind(tiny: dict[str, Any]) -> None:
+    domains = {"energy_lambda": Grid((0, 0.5)), "expert_width_factors": Grid(([1, 1, 1, 1], [1, 1, 0.5, 0.5]))}
+    space = small_space(tiny, domains)
+    row = row_of(TrialConfig.parse({**tiny, "energy_lambda": 0.0, "expert_width_factors": [1.0, 1.0, 0.5, 0.5]}))
+    (told,) = study_of(plan_sweep(space, search="tpe"), [row]).study.trials
+    assert told.params == {"energy_lambda": 0, "expert_width_factors": 1}
+
+
 @pytest.mark.parametrize("search", ["tpe", "cost-aware"])
 def test_what_runs_already_is_not_asked_for(tiny: dict[str, Any], search: str) -> None:
     plan = plan_sweep(small_space(tiny), search=search, samples=2, seeds=2)

@@ -15,7 +15,7 @@ import pytest
 from pipelines import mirrored
 from pipelines.pareto import pareto_front
 from pipelines.records import PowerRecord
-from pipelines.tracking import Tracker, ui_command
+from pipelines.tracking import Tracker, ui_command, without_password
 from tests.pipelines import synthetic
 from tests.pipelines.synthetic import SWEEP, trial
 
@@ -181,7 +181,9 @@ def test_the_environment_and_the_argument_name_the_server(tmp_path: Path, monkey
 def test_links_lead_to_the_server_and_keep_its_password(tmp_path: Path) -> None:
     assert Tracker(tmp_path).server is None
     assert Tracker(tmp_path, tracking_uri="http://host:5001/mlflow/").server == "http://host:5001/mlflow"
-    assert Tracker(tmp_path, tracking_uri="https://me:secret@host:5001").server == "https://host:5001"
+    assert Tracker(tmp_path, tracking_uri="https://me:sec@ret@host:5001/?x=1").server == "https://host:5001"
+    said = "no answer from https://me:sec@ret@host:5001/api, nor http://host/a@b"
+    assert without_password(said) == "no answer from https://host:5001/api, nor http://host/a@b"
 
 
 # --- what MLflow shows of a record -------------------------------------------------------------------------
