@@ -344,8 +344,17 @@ _ARROW: dict[type, pa.DataType] = {
 }
 
 
+_SCHEMAS: dict[type, pa.Schema] = {}
+
+
 def arrow_schema(record: type[Record]) -> pa.Schema:
-    """The explicit Arrow schema of a table, documentation in the field metadata."""
+    """The explicit Arrow schema of a table, documentation in the field metadata. Made once: every write needs it."""
+    if record not in _SCHEMAS:
+        _SCHEMAS[record] = _schema(record)
+    return _SCHEMAS[record]
+
+
+def _schema(record: type[Record]) -> pa.Schema:
     hints = typing.get_type_hints(record)
     fields = []
     for field in dataclasses.fields(record):

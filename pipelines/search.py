@@ -28,7 +28,9 @@ from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Unifo
 
 COMPLETE, PRUNED, FAIL = (getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL"))
 _EPOCH_TOKENS = 1_000_000  # of an epoch that is not capped: the same for all trials of a space
-_TRIES = 20  # draws of experiments that ran already before one at random is taken
+_TRIES = (
+    4  # draws of experiments that ran already before one at random is taken: a Gaussian process takes long for each
+)
 _DRAWS = 200
 
 

@@ -129,7 +129,7 @@ def written(folder: Path, *stages: str) -> Path:
     rng = np.random.default_rng(0)
     for stage in stages:
         configs = second_look(folder) if stage == "members" else trials(stage)
-        store = synthetic.write(folder, rows_of(stage, configs, rng))
+        store = synthetic.write_compacted(folder, rows_of(stage, configs, rng))
     synthetic.write_anchors(
         store,
         *(
@@ -455,7 +455,7 @@ def test_routers_are_paired_with_the_baseline_of_their_own_stage(tmp_path: Path)
         else row
         for row in rows
     ]
-    store = synthetic.write(tmp_path, [*rows, *rows_of("controls_routers", tuple(routers), rng)])
+    store = synthetic.write_compacted(tmp_path, [*rows, *rows_of("controls_routers", tuple(routers), rng)])
     synthetic.write_anchors(store, *(synthetic.anchor(board, "start", 1e-3) for board in BOARDS))
     found = study.load(tmp_path)
     text = study.page(found, study.sections(found)).split("## Controls", 1)[1]
