@@ -16,6 +16,7 @@ from benchmarks.study_rows import Mean, Row, Study
 from benchmarks.study_text import NOT_RUN, Section, markdown, text
 from pipelines.chart import COLOURS, SHAPES, Axis, Chart, Key, Line, Point
 from pipelines.compare import MARGIN_NATS, Estimate, Pair, compare
+from pipelines.config import experiment_of
 
 STAGES = ("controls", "controls_routers")
 #: A board that waits for work draws what the lowest twentieth of its samples draw.
@@ -215,14 +216,14 @@ def _against(study: Study, side: Side, key: str, others: Sequence[str]) -> list[
     """Rows of the table of differences: configurations of one stage."""
     answer = compare(side.table, f"config_fingerprint={key}", f"config_fingerprint={'|'.join(others)}")
     waiting, judged = waiting_w(study, *STAGES), answer.pairs if study.corrected else ()
-    pairs = {pair.candidate["trial_id"].split("-s")[0]: pair for pair in judged}
+    pairs = {experiment_of(pair.candidate["trial_id"]): pair for pair in judged}
     base, body = side.groups[key], []
     for group in (side.groups[other] for other in others):
         loss, joules = data.paired(group, base, data.loss), data.paired(group, base, data.log_total)
         above = data.paired(group, base, lambda row: _log_above(row, waiting))
         if loss is None or joules is None:
             continue
-        pair = pairs.get(group[0]["trial_id"].split("-s")[0])
+        pair = pairs.get(experiment_of(group[0]["trial_id"]))
         body.append(
             [
                 group[0]["name"],

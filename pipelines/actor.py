@@ -26,6 +26,7 @@ from pipelines.ledger import trial_monitor
 from pipelines.provenance import device_columns, host_columns
 from pipelines.records import EpochRecord, Store, TrialRecord
 from pipelines.trial import Trial, TrialKey
+from pipelines.trial_rows import is_final
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
@@ -67,7 +68,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc,unused-ignore]
         """Advance the trial; the result carries the row that was made (as text, which Tune does not take apart)."""
         if self.trial is None:
             before = self._row_before()
-            if before is not None and recover.is_final(before):  # its process died after it had said its last word
+            if before is not None and is_final(before):  # its process died after it had said its last word
                 return _last_word(before)
             self.trial = self._begin(before)
         record = self.trial.advance()

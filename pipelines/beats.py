@@ -151,8 +151,9 @@ class Meter:
             at = self._at.get(name, 0)
             if size > at:
                 data = self.beats.read(name, at)
-                self._at[name] = at + data.rfind(b"\n") + 1
-                for line in heartbeat.parse(data[: data.rfind(b"\n") + 1]):
+                whole = data[: data.rfind(b"\n") + 1]
+                self._at[name] = at + len(whole)
+                for line in heartbeat.parse(whole):
                     self._take(name, line)
         return sum(last - first for first, last in self._range.values()) if self._range else None
 

@@ -20,7 +20,7 @@ import numpy as np
 from pipelines import fronts
 from pipelines.config import ConfigError, TrialConfig, experiment_of
 from pipelines.pareto import Objective
-from pipelines.plan import draw, every_point
+from pipelines.plan import every_point, untried
 from pipelines.records import TrialRecord
 from pipelines.surrogate import Belief, Floats, believe, expected_hypervolume_improvement
 from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform
@@ -30,7 +30,6 @@ COST = Objective(column="train_energy_j")
 _FIRST = 6  # trials before there is something to believe
 _NEAR = 8  # cheap candidates among which the farthest is a first trial
 _CHEAPNESS = 2.0  # a first trial is drawn with odds 1 / cost²
-_DRAWS = 400  # candidates where the space is larger, or continuous
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,9 +149,7 @@ class CostAwareStudy:
 
     def _candidates(self) -> list[TrialConfig]:
         tried = {experiment_of(trial_id) for trial_id in (*self.outcomes, *self.asked)}
-        points = self._points or [_drawn(self.space, self._generator) for _ in range(_DRAWS)]
-        configs = {config.trial_id: config for config in points}.values()
-        return [config for config in configs if experiment_of(config.trial_id) not in tried]
+        return untried(self.space, self._points, tried, self._generator)
 
     def _known(self) -> Known:
         done = [(config, values) for config, values in self.outcomes.values() if values is not None]
@@ -178,10 +175,6 @@ class CostAwareStudy:
         if config.trial_id not in self._rows:
             self._rows[config.trial_id] = features(self.space, config.model_dump(mode="json")), self.modelled_j(config)
         return self._rows[config.trial_id]
-
-
-def _drawn(space: Space, generator: random.Random) -> TrialConfig:
-    return TrialConfig.parse(space.resolve({key: draw(domain, generator) for key, domain in space.domains.items()}))
 
 
 # --- features ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pipelines.plan import SweepPlan
 from pipelines.progress import Progress
 from pipelines.records import EpochRecord, PowerRecord, Store, TrialRecord
 from pipelines.tracking import Tracker
-from pipelines.trial_rows import parse_row
+from pipelines.trial_rows import is_final, parse_row
 
 _LOOK_EVERY_S = 5.0
 #: Seconds that an actor has to end in order when its sweep ends.
@@ -62,7 +62,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc,unused-ignore]
             self.tracker.start_sweep, self.plan.sweep_id, self.plan.space, question=self.plan.question, params=rules
         )
         ended = recover.rows_of(self.store, self.plan.sweep_id)
-        earlier = [trial_id for trial_id, row in ended.items() if recover.is_final(row)]
+        earlier = [trial_id for trial_id, row in ended.items() if is_final(row)]
         expected = len(earlier) + self.plan.left(earlier) if self.plan.is_adaptive else None
         self.progress = Progress(self.plan.trials, expected=expected, earlier=earlier)
         self.epochs: dict[str, list[EpochRecord]] = {}

@@ -8,7 +8,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from glob import glob
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipelines.plan_checks import WHOLE, check_objectives, check_search, check_v
 from tune_spaces import CASE, Choice, Domain, Grid, IntRange, LogUniform, Space, Uniform, dump_space, parse_space
 
 _DEFAULT_SAMPLES = 16
+_DRAWS = 400  # candidates where a space is continuous, or too large to list
 
 
 SEARCHES = ("grid", "random", "tpe", "nsga2", "gp", "cost-aware")
@@ -232,7 +233,7 @@ def _overridden(space: Space, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _draws(space: Space, samples: int) -> list[dict[str, Any]]:
     generator = random.Random(f"joulemoe {space.name}")
-    return [space.resolve({k: draw(d, generator) for k, d in space.domains.items()}) for _ in range(samples)]
+    return [draw_point(space, generator) for _ in range(samples)]
 
 
 def every_point(space: Space) -> list[TrialConfig]:
@@ -249,6 +250,20 @@ def every_point(space: Space) -> list[TrialConfig]:
         return []
     points = dataclasses.replace(space, domains={key: Grid(tuple(v)) for key, v in values.items()}).grid_points()
     return list({config.trial_id: config for config in map(TrialConfig.parse, points)}.values())
+
+
+def untried(
+    space: Space, points: Sequence[TrialConfig], tried: Container[str], generator: random.Random
+) -> list[TrialConfig]:
+    """Experiments that were not tried: of all `points`, where they can be listed, else of some draws."""
+    points = points or [TrialConfig.parse(draw_point(space, generator)) for _ in range(_DRAWS)]
+    configs = {config.trial_id: config for config in points}.values()
+    return [config for config in configs if experiment_of(config.trial_id) not in tried]
+
+
+def draw_point(space: Space, generator: random.Random) -> dict[str, Any]:
+    """The keys of one trial, each drawn from its domain."""
+    return space.resolve({key: draw(domain, generator) for key, domain in space.domains.items()})
 
 
 def draw(domain: Domain, generator: random.Random) -> Any:

@@ -17,7 +17,7 @@ from pipelines import heartbeat
 from pipelines.config import TrialConfig
 from pipelines.journal import Journal, points_document, process_start
 from pipelines.records import TABLES, EpochRecord, PointRecord, Store, TrialRecord
-from pipelines.trial_rows import config_columns, is_final, perplexity, point_of
+from pipelines.trial_rows import config_columns, perplexity, point_of
 
 _ORPHANS_END_S = 15.0
 _ROW_COMES_S = 15.0
@@ -189,17 +189,3 @@ def remove_leftovers(store: Store, journal: Journal) -> None:
         for folder in (journal.root, *(f"{store.root}/{table}/sweep_id={journal.sweep_id}" for table in TABLES)):
             for path in Path(folder).rglob("*.tmp"):
                 path.unlink(missing_ok=True)
-
-
-__all__ = [
-    "empty_claim",
-    "end_orphans",
-    "energy_columns",
-    "is_final",
-    "remove_leftovers",
-    "row_before",
-    "row_of",
-    "rows_of",
-    "spent_j",
-    "write_missing",
-]

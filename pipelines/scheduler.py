@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from ray import tune
 
+from pipelines.config import experiment_of
+
 Rung = tuple[str, int, int]
 
 
@@ -122,7 +124,7 @@ class Rungs:
         assert loss is not None
         assert joules is not None
         rung = self.reports.setdefault((trial["schedule"], trial["epochs"], epoch), {})
-        rung[trial_id] = Report(loss=loss, joules=joules, experiment=trial_id.rpartition("-s")[0])
+        rung[trial_id] = Report(loss=loss, joules=joules, experiment=experiment_of(trial_id))
         return goes_on(rung, trial_id, self.rule)
 
 

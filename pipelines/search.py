@@ -12,7 +12,7 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import optuna
@@ -20,7 +20,7 @@ import optuna
 from pipelines.config import ConfigError, TrialConfig, experiment_of
 from pipelines.costaware import CostAwareStudy
 from pipelines.estimate import estimate
-from pipelines.plan import SweepPlan, draw, every_point
+from pipelines.plan import SweepPlan, every_point, untried
 from pipelines.records import TrialRecord
 from pipelines.searcher import Stateless
 from pipelines.trial_rows import parse_row
@@ -28,10 +28,8 @@ from tune_spaces import Choice, Domain, Grid, IntRange, LogUniform, Space, Unifo
 
 COMPLETE, PRUNED, FAIL = (getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL"))
 _EPOCH_TOKENS = 1_000_000  # of an epoch that is not capped: the same for all trials of a space
-_TRIES = (
-    4  # draws of experiments that ran already before one at random is taken: a Gaussian process takes long for each
-)
-_DRAWS = 200
+#: Draws of known experiments before one at random is taken: a Gaussian process takes long for each.
+_TRIES = 4
 
 
 def sampler_of(search: str, samples: int, seed: int = 0) -> optuna.samplers.BaseSampler:
@@ -78,16 +76,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return repr(value) if isinstance(value, bool) else value
-
-
-def untried(
-    space: Space, points: Sequence[TrialConfig], tried: Container[str], generator: random.Random
-) -> list[TrialConfig]:
-    """Experiments that were not tried: of all `points`, where they can be listed, else of some draws."""
-    if not points:
-        draws = (space.resolve({k: draw(d, generator) for k, d in space.domains.items()}) for _ in range(_DRAWS))
-        points = [TrialConfig.parse(point) for point in draws]
-    return [config for config in points if experiment_of(config.trial_id) not in tried]
 
 
 class Outcome(NamedTuple):

@@ -36,6 +36,7 @@ from pipelines.records import EpochRecord, Store, TrialRecord
 from pipelines.resources import Resources, resources_of
 from pipelines.scheduler import ParetoASHA, rungs_of
 from pipelines.search import StudySearch, study_of
+from pipelines.trial_rows import is_final
 from pipelines.warm import MOST_SHAPES
 
 _QUIET = {
@@ -152,7 +153,7 @@ def _drive(plan: SweepPlan, journal: Journal, run: _Run) -> str | None:
         recover.end_orphans(journal, _with_rows(store, plan))
         recover.write_missing(store, journal, ended_by="died")
     known = recover.rows_of(store, plan.sweep_id)
-    final = {trial_id for trial_id, row in known.items() if recover.is_final(row)}
+    final = {trial_id for trial_id, row in known.items() if is_final(row)}
     meter, session = Meter(journal.beats), uuid.uuid4().hex
     reserve = anchors.Reserve(store, plan.sweep_id, session)
     how: dict[str, Any] = {"before_s": journal.seconds(), "reserve_j": reserve.read_j, "holds": journal.holds}
@@ -229,7 +230,7 @@ def _front_members(store: Store, plan: SweepPlan) -> set[str]:
 def _is_done(plan: SweepPlan, store: Store) -> bool:
     """Whether every trial of a plan has its final row."""
     rows = recover.rows_of(store, plan.sweep_id)
-    return not plan.left(trial_id for trial_id, row in rows.items() if recover.is_final(row))
+    return not plan.left(trial_id for trial_id, row in rows.items() if is_final(row))
 
 
 def _missing(plan: SweepPlan, store: Store) -> bool:

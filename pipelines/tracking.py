@@ -227,15 +227,20 @@ class Tracker:
             return None
         return without_password(parts._replace(query="", fragment="").geturl().rstrip("/"))
 
+    @property
+    def ui(self) -> str:
+        """Address of MLflow's UI: the server's own, or the one that `joulemoe ui` takes."""
+        return self.server or DEFAULT_UI
+
     def run_urls(self, sweep_id: str, base: str | None = None) -> dict[str, str]:
         """Address of each trial's run in the MLflow UI, by trial id (its last attempt).
 
-        `base`: address of the UI; else the server's own, or the one that `joulemoe ui` takes.
+        `base`: another address of the UI than `ui`.
         """
         self._select(sweep_id, fresh=True)
         _, experiment = self._client()
         ordered = sorted(self._runs.items(), key=lambda item: item[0][1])
-        runs = f"{base or self.server or DEFAULT_UI}/#/experiments/{experiment}/runs"
+        runs = f"{base or self.ui}/#/experiments/{experiment}/runs"
         return {trial: f"{runs}/{run.info.run_id}" for (trial, _), run in ordered}
 
     def compare_url(self, sweep_id: str, base: str | None = None) -> str:
@@ -245,7 +250,7 @@ class Tracker:
         last = {trial: run for (trial, _), run in sorted(self._runs.items(), key=lambda item: item[0][1])}
         order = sorted(last.values(), key=lambda run: (run.info.start_time, run.info.run_id))
         ids = [run.info.run_id for run in order if "eval_loss_nats" in run.data.metrics]
-        return compare_link(ids, experiment, base or self.server or DEFAULT_UI)
+        return compare_link(ids, experiment, base or self.ui)
 
     def charts_url(self, sweep_id: str, base: str | None = None) -> str:
         """The MLflow UI's chart page of the sweep's trials: loss against joules, parallel coordinates, curves."""
@@ -254,7 +259,7 @@ class Tracker:
         tag = f"mlflow.sharedViewState.{key}"
         if client.get_experiment(experiment).tags.get(tag) != view:
             client.set_experiment_tag(experiment, tag, view)
-        page = f"{base or self.server or DEFAULT_UI}/#/experiments/{experiment}/runs"
+        page = f"{base or self.ui}/#/experiments/{experiment}/runs"
         return f"{page}?viewStateShareKey={key}&compareRunsMode=CHART"
 
     # --- inside ----------------------------------------------------------------------------------------

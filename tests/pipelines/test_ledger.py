@@ -35,6 +35,7 @@ from pipelines.plan import plan_sweep
 from pipelines.records import EpochRecord, PointRecord, Store, TrialRecord
 from pipelines.training import Trainer, learning_rate
 from pipelines.trial import Trial, TrialKey, run_trial
+from pipelines.trial_rows import is_final
 from tune_spaces import Space
 
 
@@ -352,7 +353,7 @@ def test_an_attempt_that_died_gets_its_row(tiny: dict[str, Any], tmp_path: Path)
     ]
     Path(path).write_text("\n".join(map(json.dumps, rows)) + "\n")
     (row,) = recover.write_missing(store, journal, ended_by="died")
-    assert (row.state, row.ended_by, recover.is_final(row)) == ("FAILED", "died", False)
+    assert (row.state, row.ended_by, is_final(row)) == ("FAILED", "died", False)
     assert row.total_energy_j == pytest.approx(1000.0)
     assert (row.lost_energy_j, row.train_energy_j, row.idle_energy_j) == pytest.approx((100.0, 600.0, 300.0))
     assert recover.write_missing(store, journal, ended_by="died") == []
